@@ -1,0 +1,124 @@
+"""Views: a batch against torchvision's functional transforms, row by row."""
+
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from training import views as V
+from training.recipe import Views
+
+ALL = Views(crop_scale=(0.2, 1.0), jitter=0.9, hue=0.3, grey=0.3, blur=0.5, solarize=0.3, turn=0.5)
+
+
+def pixels(count=24, side=37):
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def drawn(views, count=24, side=37, seed=0):
+    return V.draw(views, torch.full((count,), side), V.Draws(seed, count))
+
+
+def reference(image, rows, i, size):
+    """Row i of a batch of views, by torchvision."""
+    top, left, height, width = rows.box[i].tolist()
+    image = F.resized_crop(
+        image / 255, top, left, height, width, [size, size], InterpolationMode.BILINEAR, antialias=True
+    )
+    if rows.flip[i]:
+        image = F.hflip(image)
+    if rows.jitter[i]:
+        for number in rows.order[i].tolist():
+            adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[number]
+            image = adjust(image, rows.factor[i, number].item())
+    if rows.grey[i]:
+        image = F.rgb_to_grayscale(image, 3)
+    if rows.sigma[i] > 0:
+        image = F.gaussian_blur(image, [2 * V.blur_radius(size) + 1] * 2, [rows.sigma[i].item()] * 2)
+    if rows.solarize[i]:
+        image = F.solarize(image, 0.5)
+    return torch.rot90(image, int(rows.turn[i]), (1, 2))
+
+
+def without(**changes):
+    calm = dict(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
+    return Views(**{**calm, **changes})
+
+
+@pytest.mark.parametrize(
+    ("views", "tolerance"),
+    [
+        (without(crop_scale=(0.1, 1.0), crop_ratio=(0.5, 2.0)), 1e-5),
+        (without(flip=0.5), 1e-5),
+        (without(jitter=1.0, contrast=0.0, saturation=0.0, hue=0.0), 1e-3),
+        (without(jitter=1.0, brightness=0.0, saturation=0.0, hue=0.0), 1e-3),
+        (without(jitter=1.0, brightness=0.0, contrast=0.0, hue=0.0), 1e-3),
+        (without(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5), 1e-2),
+        (without(grey=0.5), 1e-3),
+        (without(blur=0.7), 1e-3),
+        (without(solarize=0.5), 1e-3),
+        (without(turn=0.8), 1e-3),
+    ],
+    ids=["crop", "flip", "brightness", "contrast", "saturation", "hue", "grey", "blur", "solarize", "turn"],
+)
+@pytest.mark.parametrize("size", [32, 48])
+def test_each_view_is_torchvisions(views, tolerance, size):
+    rows, batch = drawn(views), pixels()
+    got = V.apply(batch, rows, size)
+    for i in range(len(batch)):
+        assert (got[i] - reference(batch[i], rows, i, size)).abs().max() <= tolerance
+
+
+def test_all_views_together_are_torchvisions():
+    rows, batch = drawn(ALL), pixels()
+    rows.solarize &= False  # a step at 0.5 makes any difference in rounding a large one
+    got = V.apply(batch, rows, 32)
+    for i in range(len(batch)):
+        assert (got[i] - reference(batch[i], rows, i, 32)).abs().max() <= 1e-2
+
+
+def test_each_kind_of_view_is_drawn_about_as_often_as_asked():
+    rows = drawn(ALL, count=4000)
+    for chosen, expected in [
+        (rows.flip, 0.5),
+        (rows.jitter, 0.9),
+        (rows.grey, 0.3),
+        (rows.sigma > 0, 0.5),
+        (rows.solarize, 0.3),
+        (rows.turn > 0, 0.5),
+    ]:
+        assert abs(chosen.double().mean() - expected) < 0.04
+    area = (rows.box[:, 2] * rows.box[:, 3]) / 37**2
+    assert area.min() > 0.15
+    assert area.max() <= 1
+    assert 0.5 < area.mean() < 0.65
+    assert set(map(tuple, rows.order.tolist())).__len__() == 24
+
+
+def test_draws_do_not_depend_on_how_the_batch_is_split():
+    whole = V.Draws(5, 12)
+    parts = [V.Draws(5, 12, start, start + 3) for start in range(0, 12, 3)]
+    assert torch.equal(whole.uniform(2), torch.cat([part.uniform(2) for part in parts]))
+    assert torch.equal(whole.integers(9), torch.cat([part.integers(9) for part in parts]))
+
+
+def test_plain_view_is_what_timm_evaluates_on():
+    from PIL import Image
+    from timm.data import create_transform
+
+    stored = pixels(1, 37)
+    got = V.plain(stored, torch.tensor([37]), 32 / 37, 32)[0]
+    transform = create_transform((3, 32, 32), interpolation="bilinear", crop_pct=32 / 37, mean=(0, 0, 0), std=(1, 1, 1))
+    expected = transform(Image.fromarray(stored[0].permute(1, 2, 0).numpy()))
+    assert (got - expected).abs().max() <= 1e-6
+
+
+def test_small_images_of_a_batch_are_cropped_within_their_own_side():
+    batch = pixels(2, 20)
+    batch[1, :, 10:] = 255
+    batch[1, :, :, 10:] = 255
+    batch[1, :, :10, :10] = 7
+    sides = torch.tensor([20, 10])
+    rows = V.draw(without(crop_scale=(0.2, 1.0)), sides, V.Draws(0, 2))
+    assert torch.allclose(V.apply(batch, rows, 16)[1], torch.tensor(7 / 255))
+    assert torch.allclose(V.plain(batch, sides, 0.9, 16)[1], torch.tensor(7 / 255))

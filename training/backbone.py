@@ -1,0 +1,288 @@
+"""What we need of any timm model: stages, features, low and high, a fresh high part, saving. No layer by name."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from timm.models import get_model_args, get_model_input_config
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import views
+from .files import Refused, sha256_file
+from .images import Images
+from .recipe import Model
+
+Stage = int | str  # an index into feature_info, or "pooled"
+
+
+def create(model: Model, size: int, pretrained: bool | None = None) -> nn.Module:
+    """Build the recipe's backbone without a head, for square images of `size` px.
+
+    Args:
+        model: the recipe's network.
+        size: working size, px; passed on as img_size to networks that are built for one size.
+        pretrained: load weights; the recipe's choice if None.
+
+    Raises:
+        Refused: timm cannot build it, or it does not tell its stages or take such images.
+    """
+    pretrained = model.pretrained if pretrained is None else pretrained
+    args = {**model.args, "num_classes": 0}
+    try:
+        network = timm.create_model(model.name, pretrained=pretrained, **args)
+        wants = get_model_input_config(network)
+        if wants["fixed_input_size"] and wants["input_size"][-1] != size and "img_size" not in args:
+            network = timm.create_model(model.name, pretrained=pretrained, img_size=size, **args)
+    except Exception as error:  # timm and the Hub's client raise nearly every type for what a user mistyped
+        raise Refused(_why_not(model, error)) from error
+    if not hasattr(network, "forward_intermediates") or not hasattr(network, "feature_info"):
+        raise Refused(f"model.name: {model.name} has no forward_intermediates, so its stages cannot be told.")
+    try:
+        with torch.no_grad():
+            features(network.eval(), torch.zeros(1, 3, size, size), stage_list(network))
+    except Exception as error:
+        raise Refused(f"model.name: {model.name} does not take images of data.size {size}: {error}") from error
+    return network
+
+
+def _why_not(model: Model, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "Unknown model" in text:
+        near = difflib.get_close_matches(model.name.split(".")[0], timm.list_models(), 3)
+        return f"model.name: timm has no model {model.name!r}" + (f"; did you mean {', '.join(near)}?" if near else ".")
+    field = "model.args" if isinstance(error, TypeError) else "model.name"
+    return f"{field}: timm cannot build {model.name} with {model.args}: {text[:300]}"
+
+
+def stage_list(network: nn.Module) -> list[int]:
+    """Indices of the network's stages."""
+    return list(range(len(network.feature_info)))
+
+
+def resolve_stage(network: nn.Module, stage: int, field: str) -> int:
+    """A stage, negative ones counted from the end, as its index.
+
+    Raises:
+        Refused: there is no such stage, naming `field`.
+    """
+    count = len(stage_list(network))
+    if not -count <= stage < count:
+        raise Refused(f"{field}: {stage} is not one of the {count} stages, 0 to {count - 1} or -{count} to -1.")
+    return stage % count
+
+
+def features(network: nn.Module, images: Tensor, stages: Iterable[int]) -> dict[Stage, Tensor]:
+    """Features of a batch: each stage's, [B, D], the mean over positions without prefix tokens; and the pooled ones.
+
+    The network must be in evaluation mode for these to be the features that records speak of.
+    """
+    stages = list(stages)
+    final, maps = network.forward_intermediates(images, indices=stages, norm=False)
+    result: dict[Stage, Tensor] = {stage: level.flatten(2).mean(2) for stage, level in zip(stages, maps, strict=True)}
+    result["pooled"] = network.forward_head(final)
+    return result
+
+
+def plain_batch(
+    images: Images, indices: Tensor, device: torch.device, view: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Un-augmented images, normalised, on the device; `view` changes them, [B, 3, H, W] in [0, 1], before that."""
+    mean, std = (torch.tensor(x, device=device) for x in (images.mean, images.std))
+    batch = views.plain(images.pixels[indices].to(device), images.sides[indices], images.crop_pct, images.size)
+    return views.normalize(view(batch) if view else batch, mean, std)
+
+
+@torch.no_grad()
+def extract(
+    network: nn.Module,
+    images: Images,
+    indices: Tensor,
+    accelerator: Accelerator,
+    batch_size: int,
+    stages: Iterable[int] = (),
+    view: Callable[[Tensor], Tensor] | None = None,
+) -> dict[Stage, Tensor]:
+    """Float32 features of the un-augmented images, by all processes together, on the CPU of each.
+
+    Args:
+        network: a backbone without a head, on the accelerator's device.
+        images: where the indices point.
+        indices: [n] which images.
+        accelerator: tells the processes apart.
+        batch_size: images of a forward pass, over all processes.
+        stages: whose features, beside the pooled ones.
+        view: what is done to the images, [B, 3, H, W] in [0, 1], before they are normalised.
+
+    Returns:
+        [n, D] for each stage and "pooled", in the order of `indices`.
+    """
+    stages, blocks = list(stages), []
+    mode = network.training
+    network.eval()
+    for part in indices.split(batch_size):
+        share = -(-len(part) // accelerator.num_processes)
+        padded = part[torch.arange(share * accelerator.num_processes) % len(part)]
+        mine = padded[share * accelerator.process_index :][:share]
+        batch = plain_batch(images, mine, accelerator.device, view)
+        with torch.autocast(accelerator.device.type, enabled=False):
+            found = features(network, batch, stages) if stages else {"pooled": network(batch)}
+        blocks.append({key: accelerator.gather(value.float())[: len(part)].cpu() for key, value in found.items()})
+    network.train(mode)
+    return {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
+
+
+def forward_flops(network: nn.Module, size: int) -> float:
+    """Floating-point operations of one image's forward pass, a multiply-add counting two."""
+    mode, device = network.training, next(network.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.eval()(torch.zeros(1, 3, size, size, device=device))
+    network.train(mode)
+    return float(counter.get_total_flops())
+
+
+def low_names(network: nn.Module, stage: int, size: int) -> set[str]:
+    """Names of the parameters and buffers that a stage's features depend on: the low part of a split there.
+
+    Autograd tells: a parameter is low if the feature has a gradient with respect to it. Buffers go with the parameters
+    of their module; those of a module without parameters go with its output.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                outputs[name] = output
+
+        return hook
+
+    own = {name: [p for p, _ in module.named_parameters(recurse=False)] for name, module in network.named_modules()}
+    hooks = [m.register_forward_hook(remember(n)) for n, m in network.named_modules() if not own[n] and _buffers(m)]
+    frozen = [p for p in network.parameters() if not p.requires_grad]
+    mode, device = network.training, next(network.parameters()).device
+    network.eval().requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            image = torch.randn(1, 3, size, size, device=device, requires_grad=True)
+            feature = features(network, image, [stage])[stage].sum()
+            parameters = dict(network.named_parameters())
+            asked = [*parameters.values(), *outputs.values()]
+            gradients = torch.autograd.grad(feature, asked, allow_unused=True)
+    finally:
+        network.train(mode)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()
+    told = [gradient is not None for gradient in gradients]
+    low = {name for name, yes in zip(parameters, told, strict=False) if yes}
+    low_modules = {name for name, yes in zip(outputs, told[len(parameters) :], strict=True) if yes}
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        if name in low_modules or any(prefix + p in low for p in own[name]):
+            low |= {prefix + buffer for buffer in _buffers(module)}
+    return low
+
+
+def _buffers(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_buffers(recurse=False)]
+
+
+@torch.no_grad()
+def reinit(network: nn.Module, names: Iterable[str], fresh: nn.Module) -> None:
+    """Copy the named parameters and buffers from a newly created network, as timm's constructors initialise them."""
+    source = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
+    target = dict(network.named_parameters()) | dict(network.named_buffers())
+    for name in names:
+        target[name].copy_(source[name])
+
+
+def set_frozen_mode(network: nn.Module, names: set[str], low_norm: str) -> None:
+    """Put the modules of a frozen low part into evaluation mode, its batch norms as `low_norm` says."""
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        own = [prefix + n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        if own and all(n in names for n in own):
+            module.train(isinstance(module, _BatchNorm) and low_norm == "train")
+
+
+@torch.no_grad()
+def estimate_norm(network: nn.Module, images: Images, device: torch.device, batch_size: int, most: int = 5000) -> None:
+    """Set batch norms' statistics to averages over un-augmented training images, as an untrained network needs."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    for part in images.train[:most].split(batch_size):
+        if len(part) > 1:
+            network(plain_batch(images, part, device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
+def save(network: nn.Module, folder: Path, images: Images, tag: str = "", license: str = "", **config: Any) -> str:
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and transformers load.
+
+    Args:
+        network: a timm model, as create_model built it.
+        folder: an existing folder; gets config.json and model.safetensors.
+        images: whose size, statistics and crop the model was trained with.
+        tag: the weights' tag, e.g. rotation_c10.
+        license: of the weights, as the Hub names it.
+        config: further entries of config.json, e.g. label_names.
+
+    Returns:
+        sha256 of model.safetensors.
+    """
+    source, expects = network.pretrained_cfg, get_model_input_config(network)
+    # transformers passes num_classes itself and chokes on a second one; timm fills it from the entry above it.
+    args = {k: v for k, v in get_model_args(network).items() if k != "num_classes" and (k, v) != ("in_chans", 3)}
+    pretrained_cfg = {
+        "tag": tag,
+        "input_size": [3, images.size, images.size],
+        "fixed_input_size": bool(expects["fixed_input_size"]),
+        "pool_size": None,
+        "interpolation": "bilinear",
+        "crop_pct": images.crop_pct,
+        "crop_mode": "center",
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "num_classes": network.num_classes,
+        "first_conv": expects["first_conv"],
+        "classifier": source.get("classifier"),
+        "license": license or None,
+    }
+    description = {
+        "architecture": source["architecture"],
+        "num_classes": network.num_classes,
+        "num_features": network.num_features,
+        "model_args": args,
+        "pretrained_cfg": {key: value for key, value in pretrained_cfg.items() if value not in (None, "")},
+        **config,
+    }
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return sha256_file(folder / "model.safetensors")
+
+
+def load(folder: Path, **kwargs: Any) -> nn.Module:
+    """A saved backbone, every weight of which was found."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **kwargs)
+
+
+def input_of(network: nn.Module) -> dict[str, Any]:
+    """Mean and std that a pretrained network was trained with."""
+    return {"mean": tuple(network.pretrained_cfg["mean"]), "std": tuple(network.pretrained_cfg["std"])}

@@ -1,0 +1,93 @@
+"""Checkpoints: folders renamed into place, the last two kept, safetensors and JSON, checked by sha256 when read."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .files import read_json, sha256_file, whole_folder, write_json
+
+KEPT = 2
+
+
+@dataclass
+class Checkpoint:
+    """A state read back.
+
+    Attributes:
+        tensors: the task's state under "task/", the optimiser's under "optimizer/".
+        state: step, budget, and what of the optimiser is no tensor.
+    """
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def load_task(self, task: nn.Module) -> None:
+        prefix = "task/"
+        task.load_state_dict({k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)})
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in self.tensors.items():
+            if key.startswith("optimizer/"):
+                _, number, name = key.split("/", 2)
+                like = parameters[int(number)]
+                # In the parameter's memory format, as the optimiser itself had made it.
+                value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+                state.setdefault(int(number), {})[name] = value
+        for number, values in self.state["optimizer"].items():
+            state.setdefault(int(number), {}).update(values)
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _found(self) -> list[Path]:
+        found = [path for path in self.folder.glob("*") if path.is_dir() and not path.name.startswith(".")]
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+    def save(self, name: str, task: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Write the state of phase `name` after state["step"] steps, and forget all but the last two."""
+        tensors = {f"task/{key}": value for key, value in task.state_dict().items()}
+        others: dict[str, dict[str, Any]] = {}
+        for number, values in optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{number}/{key}"] = value
+                elif value is not None:
+                    others.setdefault(str(number), {})[key] = value
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        with whole_folder(self.folder / f"{name}_{state['step']:08d}") as beside:
+            save_file(tensors, beside / "state.safetensors")
+            digest = sha256_file(beside / "state.safetensors")
+            write_json(beside / "state.json", {**state, "phase": name, "optimizer": others, "sha256": digest})
+        for old in self._found()[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, name: str, fingerprint: str, say: Any = print) -> Checkpoint | None:
+        """The newest whole checkpoint of phase `name` made with the same fingerprint, or None."""
+        for path in reversed(self._found()):
+            try:
+                state = read_json(path / "state.json")
+                whole = state["sha256"] == sha256_file(path / "state.safetensors")
+            except (OSError, ValueError, KeyError):
+                whole = False
+            if not whole:
+                say(f"{path} is damaged and left aside; going on from the one before it.")
+                continue
+            if state["phase"] == name and state["fingerprint"] == fingerprint:
+                return Checkpoint(load_file(path / "state.safetensors"), state)
+        return None

@@ -1,0 +1,219 @@
+"""Phase 2: features of one stage to pseudo-labels.
+
+Features are averaged over the proxy's nuisance views, so that what the proxy is covariant with drops out, whitened by
+PCA, brought to unit length, and clustered for each k.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import normalized_mutual_info_score
+from torch import Tensor, nn
+
+from . import backbone as B
+from . import recipe
+from .files import Refused
+from .images import Images
+from .kmeans import assign, kmeans
+from .launch import Key
+from .loop import Context
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Whitening:
+    """x to (x - mean) @ projection, at unit length."""
+
+    mean: Tensor
+    projection: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return torch.nn.functional.normalize((features - self.mean) @ self.projection, dim=1)
+
+
+def fit_whitening(features: Tensor, dimensions: int) -> Whitening:
+    """PCA whitening of [n, D] features to at most `dimensions`; 0 leaves them as they are, but for their length.
+
+    Directions of less than a millionth of the largest variance are noise of the arithmetic and are dropped.
+    """
+    width = features.shape[1]
+    if dimensions == 0:
+        return Whitening(torch.zeros(width), torch.eye(width))
+    mean = features.mean(0)
+    centred = features - mean
+    covariance = centred.T @ centred / max(1, len(features) - 1)
+    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = values.flip(0), vectors.flip(1)
+    kept = (values > 1e-6 * values[0].clamp(min=1e-30))[:dimensions].sum().clamp(min=1)
+    vectors = vectors[:, :kept]
+    vectors = (
+        vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    )  # a sign that is always the same
+    return Whitening(mean, (vectors / values[:kept].clamp(min=1e-30).sqrt()).float())
+
+
+def purity(labels: np.ndarray, classes: np.ndarray) -> float:
+    """Share of images whose class is the commonest of their cluster."""
+    table = np.zeros((labels.max() + 1, classes.max() + 1), np.int64)
+    np.add.at(table, (labels, classes), 1)
+    return float(table.max(1).sum() / len(labels))
+
+
+def nmi(one: np.ndarray, other: np.ndarray) -> float:
+    """Normalised mutual information of two clusterings, arithmetic mean in the denominator."""
+    return float(normalized_mutual_info_score(one, other))
+
+
+def averaged(
+    network: nn.Module, images: Images, stage: int, views: tuple[View, ...], context: Context, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [n, D] of every usable image: averaged over the views, of the first view, and of the last."""
+    total = first = last = None
+    for view in views:
+        found = B.extract(network, images, images.all, context.accelerator, batch_size, [stage], view)[stage]
+        total = found if total is None else total + found
+        first, last = found if first is None else first, found
+    return total / len(views), first, last
+
+
+def cluster(
+    network: nn.Module,
+    images: Images,
+    settings: recipe.Clusters,
+    nuisance: tuple[View, ...],
+    key: Key,
+    context: Context,
+    batch_size: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Make pseudo-labels of every usable image and write them to `folder`.
+
+    Centroids are fitted on the training images; those held out are only assigned.
+
+    Args:
+        network: whose features are clustered, on the device.
+        images: the training split.
+        settings: the recipe's phase 2.
+        nuisance: the proxy's nuisance views, the first of which changes nothing.
+        key: seeds k-means.
+        context: the run.
+        batch_size: images of a forward pass.
+        folder: an existing folder of the main process; gets labels.parquet and clusters.safetensors.
+
+    Returns:
+        For each k, what clusters.json tells.
+    """
+    accelerator, usable = context.accelerator, images.all
+    stage = B.resolve_stage(network, settings.stage, "clusters.stage")
+    flops = B.forward_flops(network, images.size)
+    views = nuisance if settings.average else nuisance[:1]
+    mean, first, last = averaged(network, images, stage, views, context, batch_size)
+    # A forward pass counts a third of a training step's view (a backward pass costs about two forward ones).
+    context.spend(len(usable) * len(views) / 3, len(usable) * len(views) * flops, 0.0)
+    if len(views) == 1:
+        view = nuisance[-1]
+        last = B.extract(network, images, usable, accelerator, batch_size, [stage], view)[stage]
+    train = ~images.held_out[usable]
+    whitening = fit_whitening(mean[train], settings.whiten)
+    rows, first, last = whitening(mean), whitening(first), whitening(last)
+    mine = rows[train][accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+    tensors = {"mean": whitening.mean, "projection": whitening.projection}
+    columns: dict[str, np.ndarray] = {}
+    report: dict[str, Any] = {}
+    for k in settings.k:
+        runs = kmeans(mine, k, key.number("kmeans", k), settings.iterations, accelerator, settings.restarts)
+        best, second = (run.centroids.cpu() for run in runs[:2])
+        labels, distances = (x.numpy() for x in assign(rows, best))
+        tensors[f"centroids_{k}"] = best.contiguous()
+        columns[f"label_{k}"], columns[f"distance_{k}"] = labels, distances
+        chosen = train.numpy()
+        report[str(k)] = {
+            "inertia": runs[0].inertia,
+            "iterations": runs[0].iterations,
+            "repaired": runs[0].repaired,
+            "agreement_of_seeds": nmi(labels[chosen], assign(rows[train], second)[0].numpy()),
+            "agreement_of_views": nmi(assign(first[train], best)[0].numpy(), assign(last[train], best)[0].numpy()),
+            "sizes": np.bincount(labels[chosen], minlength=k).tolist(),
+            **against_classes(labels, images, usable, train),
+        }
+        products = sum(
+            run.iterations + 1 for run in runs
+        )  # of all rows with all centroids; the last one is the seeding
+        context.spend(0.0, 2.0 * k * int(train.sum()) * rows.shape[1] * products, 0.0)
+    if context.main:
+        write_labels(folder / "labels.parquet", images, usable, columns)
+        save_file(tensors, folder / "clusters.safetensors", {"format": "pt"})
+    return report
+
+
+def against_classes(labels: np.ndarray, images: Images, usable: Tensor, train: Tensor) -> dict[str, float]:
+    """NMI and purity of the training images' pseudo-labels against their classes, where they have any."""
+    if images.labels is None:
+        return {}
+    classes = images.labels[usable].numpy()
+    known = (train.numpy()) & (classes >= 0)
+    if not known.any():
+        return {}
+    return {"nmi": nmi(labels[known], classes[known]), "purity": purity(labels[known], classes[known])}
+
+
+def write_labels(path: Path, images: Images, usable: Tensor, columns: dict[str, np.ndarray]) -> None:
+    """labels.parquet: index, path, and for each k the label and the distance; null where an image cannot be decoded."""
+    table: dict[str, Any] = {"index": pa.array(range(len(images)), pa.int64()), "path": images.paths}
+    blank = ~images.usable.numpy()
+    for name, values in columns.items():
+        full = np.zeros(len(images), values.dtype)
+        full[usable.numpy()] = values
+        kind = pa.int32() if name.startswith("label") else pa.float32()
+        table[name] = pa.array(full, mask=blank).cast(kind)
+    pq.write_table(pa.table(table), path)
+
+
+def read_labels(path: Path, k: list[int]) -> Tensor:
+    """labels.parquet as [N, len(k)] int64, -1 where there is none."""
+    table = pq.read_table(path)
+    return torch.stack([torch.from_numpy(table[f"label_{n}"].fill_null(-1).to_numpy()).long() for n in k], 1)
+
+
+class Clustered:
+    """An earlier clustering, to assign other features with."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "clusters.safetensors"
+        if not path.exists():
+            raise Refused(
+                f"--clusters: {folder} has no clusters.safetensors; name a round's folder, runs/NAME/round_1."
+            )
+        tensors = load_file(path)
+        self.whitening = Whitening(tensors["mean"], tensors["projection"])
+        self.centroids = {
+            int(n.removeprefix("centroids_")): c for n, c in tensors.items() if n.startswith("centroids_")
+        }
+
+    def __call__(self, features: Tensor) -> dict[str, Tensor]:
+        """[n, D] features, averaged as the clustering's were, to label_K and distance_K for each k."""
+        rows, result = self.whitening(features), {}
+        for k, centroids in self.centroids.items():
+            result[f"label_{k}"], result[f"distance_{k}"] = assign(rows, centroids)
+        return result
+
+
+def check(settings: recipe.Clusters, images: Images) -> None:
+    """Refuse more clusters than images, and true labels where there are none.
+
+    Raises:
+        Refused: naming the field.
+    """
+    if settings.source == "labels":
+        if images.labels is None:
+            raise Refused("clusters.source: labels were asked for, but the data has none.")
+    elif max(settings.k) > len(images.train):
+        raise Refused(f"clusters.k: {max(settings.k)} clusters are more than the {len(images.train)} training images.")

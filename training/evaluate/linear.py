@@ -1,0 +1,81 @@
+"""Linear probe: multinomial logistic regression on frozen, standardised features, by L-BFGS to convergence.
+
+L-BFGS is what Kolesnikov et al. (CVPR 2019, section 3.3) find adequate; SGD would add a schedule to tune.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Probe:
+    """A fitted probe: logits are standardize(x) @ weight + bias."""
+
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[n, D] features to [n, classes] logits."""
+        return ((features - self.mean) / self.scale) @ self.weight + self.bias
+
+    def top1(self, features: Tensor, labels: Tensor) -> float:
+        """Share of features whose largest logit is their label's."""
+        return (self(features).argmax(1) == labels).double().mean().item()
+
+
+def fit(features: Tensor, labels: Tensor, classes: int, c: float, start: Probe | None = None) -> Probe:
+    """Minimise sum of cross-entropies + |weight|^2 / (2 C), as scikit-learn's LogisticRegression; the bias is free.
+
+    Args:
+        features: [n, D] float32.
+        labels: [n] int64.
+        classes: number of classes.
+        c: inverse regularisation.
+        start: a probe of other regularisation to start from.
+    """
+    mean, scale = features.mean(0), features.std(0, unbiased=False)
+    scale = torch.where(scale > 1e-6 * scale.max().clamp(min=1e-12), scale, 1.0)
+    rows = (features - mean) / scale
+    weight = torch.zeros(features.shape[1], classes, device=features.device)
+    bias = torch.zeros(classes, device=features.device)
+    if start is not None:
+        weight, bias = start.weight.clone(), start.bias.clone()
+    weight.requires_grad_(True)
+    bias.requires_grad_(True)
+    # The mean loss, not the sum, so that the tolerances mean the same for any number of images.
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=1000,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-8,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(rows @ weight + bias, labels) + weight.square().sum() / (2 * c * len(rows))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return Probe(mean, scale, weight.detach(), bias.detach())
+
+
+def fit_best(
+    features: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, classes: int, grid: list[float]
+) -> tuple[Probe, float]:
+    """The probe whose C, of the grid, does best on the held-out features; the smaller C where two are equal."""
+    best, best_c, best_top1, probe = None, grid[0], -1.0, None
+    for c in sorted(grid):
+        probe = fit(features, labels, classes, c, start=probe)
+        top1 = probe.top1(held_out, held_out_labels)
+        if top1 > best_top1:
+            best, best_c, best_top1 = probe, c, top1
+    assert best is not None
+    return best, best_c

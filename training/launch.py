@@ -1,0 +1,126 @@
+"""Devices, processes, precision and signals: what a run finds on its machine, through Accelerate."""
+
+import os
+import random
+import signal
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType, TracebackType
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from .files import Refused, sha256_json
+
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; what was to be kept is on disk. Exit status 128 + signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+        self.number = number
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGINT and the launcher's death into a request that the loop answers between two steps.
+
+    Outside the loop (`deferred` false) the handler raises `Interrupted` at once: every file is whole or not there.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.deferred = False
+        self._parent = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
+
+    def __enter__(self) -> "StopSignals":
+        self._old = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        if not self.deferred:
+            raise Interrupted(number)
+
+    def requested(self) -> bool:
+        """Whether to stop. `accelerate launch` dies of a SIGTERM and leaves us behind: that asks us to stop, too."""
+        if self._parent is not None and os.getppid() != self._parent:
+            self.number = self.number or signal.SIGTERM
+        return self.number is not None
+
+
+@dataclass(frozen=True)
+class Key:
+    """What randomness is a function of, beside the step: never a state to be saved."""
+
+    seed: int
+    phase: str
+    round: int = 0
+
+    @property
+    def name(self) -> str:
+        """The key's phase and round, as checkpoints are named."""
+        return f"{self.phase}_{self.round}"
+
+    def number(self, *more: int | str) -> int:
+        """63 random bits that belong to this key and `more`."""
+        return int(sha256_json([self.seed, self.phase, self.round, *more])[:16], 16) >> 1
+
+
+def seed_all(number: int) -> None:
+    """Seed torch, numpy and random, for library code that draws from their global streams."""
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002  global state is what library code reads
+    torch.manual_seed(number)
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` as what the device has units for: bf16, else fp16 on CUDA, else fp32."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if torch.backends.mps.is_available():
+        return "fp32"
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_units else "fp32"
+
+
+def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
+    """An Accelerator for the processes that were launched, with every core in use.
+
+    Raises:
+        Refused: several processes were launched that cannot find each other; fp16 on a CPU.
+    """
+    no_device = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if precision == "fp16" and no_device:
+        raise Refused("precision: fp16 needs a GPU; choose auto, fp32 or bf16.")
+    accelerator = Accelerator(
+        cpu=no_device,
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        log_with=tracker,
+        project_dir=folder,
+        # The main process alone clusters, fits probes and writes; the others wait for it longer than NCCL's 10 minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and accelerator.num_processes == 1:
+        raise Refused(
+            f"{world} processes were launched but each believes to be alone; start them with "
+            f"`accelerate launch --cpu --num_processes {world} -m training` or torchrun."
+        )
+    if accelerator.device.type == "cpu":
+        # Launchers leave one thread to each process where the user said nothing; a number of the user's own is kept.
+        launched = any(name in os.environ for name in LAUNCHERS)
+        said = os.environ.get("OMP_NUM_THREADS")
+        if said is None or (launched and said == "1"):
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator

@@ -1,0 +1,348 @@
+"""The one training loop. A task says what is learned; the loop knows nothing of it.
+
+Everything random is a function of (seed, phase, round, step), everything scheduled a function of the step, so that a
+run goes on after any interruption as if there had been none.
+"""
+
+import copy
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from .checkpoints import Checkpoints
+from .files import Failed, Refused, read_lines, write_lines
+from .images import Images
+from .launch import Interrupted, Key, StopSignals, seed_all
+from .recipe import Schedule
+from .task import Batch, Task
+from .views import Draws
+
+
+@dataclass
+class Context:
+    """What the phases of a run share.
+
+    Attributes:
+        accelerator: devices, processes and precision.
+        folder: the run folder.
+        stop: requests to end.
+        log_every, checkpoint_every: steps.
+        budget: images seen, floating-point operations and seconds that the present backbone has cost.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    stop: StopSignals
+    log_every: int
+    checkpoint_every: int
+    budget: dict[str, float] = field(default_factory=lambda: {"images": 0.0, "flops": 0.0, "seconds": 0.0})
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints")
+
+    def spend(self, images: float, flops: float, seconds: float) -> None:
+        """Add to what the present backbone has cost."""
+        for name, amount in (("images", images), ("flops", flops), ("seconds", seconds)):
+            self.budget[name] += amount
+
+    def say(self, text: str) -> None:
+        """Print a line, on the main process alone, above any progress bar."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def steps_of(schedule: Schedule, images: int, field_name: str) -> tuple[int, int]:
+    """Steps of an epoch and of the whole schedule; the last partial batch of an epoch is dropped.
+
+    Raises:
+        Refused: a batch is larger than the images.
+    """
+    epoch = images // schedule.batch_size
+    if epoch == 0:
+        raise Refused(f"{field_name}.batch_size: {schedule.batch_size} is more than the {images} training images.")
+    total = round(schedule.epochs * epoch)
+    if total == 0 and schedule.epochs > 0:
+        raise Refused(f"{field_name}.epochs: {schedule.epochs} is less than one step of {schedule.batch_size} images.")
+    return epoch, total
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then a cosine to 0 (Loshchilov & Hutter 2017), for the step that comes after `step` steps."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def draw_batch(
+    images: Images,
+    indices: Tensor,
+    schedule: Schedule,
+    key: Key,
+    step: int,
+    part: int,
+    accelerator: Accelerator,
+    rows: int | None = None,
+) -> Batch:
+    """Micro-batch `part` of this process at a step: its rows of the global batch, or only so many of them."""
+    size, epoch_steps = schedule.batch_size, len(indices) // schedule.batch_size
+    epoch, place = divmod(step, epoch_steps)
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(key.number("epoch", epoch)))
+    share = size // (accelerator.num_processes * schedule.accumulate)
+    start = (accelerator.process_index * schedule.accumulate + part) * share
+    rows = min(rows or share, share)
+    chosen = indices[order[place * size + start : place * size + start + rows]]
+    device = accelerator.device
+    return Batch(
+        pixels=images.pixels[chosen].to(device, non_blocking=True),
+        sides=images.sides[chosen],
+        indices=chosen,
+        labels=images.labels[chosen].to(device, non_blocking=True) if images.labels is not None else None,
+        draws=Draws(key.number("views", step), size, start, start + rows),
+    )
+
+
+def count_flops(task: Task, batch: Batch) -> float:
+    """Floating-point operations of an image's training step, forward and backward, counted on a copy of the task."""
+    copied = copy.deepcopy(task)
+    with FlopCounterMode(display=False) as counter:
+        copied(batch)["loss"].backward()
+    return counter.get_total_flops() / len(batch.indices)
+
+
+class Window:
+    """Metrics since the last line of the log, left on the device until then."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.steps: list[dict[str, Tensor]] = []
+        self.since = time.perf_counter()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.steps.append(metrics)
+
+    def read(self, step: int, images: int) -> dict[str, float]:
+        """Means over the window and the processes, and images/s; `step` steps are done.
+
+        Raises:
+            Failed: a loss was not finite.
+        """
+        names = list(self.steps[0])
+        table = torch.stack([torch.stack([one[name].float() for name in names]) for one in self.steps])
+        table = self.context.accelerator.reduce(table, "mean").cpu()
+        wrong = (~table[:, names.index("loss")].isfinite()).nonzero().flatten()
+        if len(wrong):
+            raise Failed(f"the loss is not finite at step {step - len(self.steps) + int(wrong[0]) + 1}")
+        seconds = time.perf_counter() - self.since
+        result = dict(zip(names, table.mean(0).tolist(), strict=True))
+        result["images_per_second"] = len(self.steps) * images / seconds
+        self.steps, self.since = [], time.perf_counter()
+        return result
+
+
+def train(
+    task: Task,
+    images: Images,
+    indices: Tensor,
+    schedule: Schedule,
+    key: Key,
+    context: Context,
+    fingerprint: str,
+    first: int = 0,
+    last: int | None = None,
+) -> None:
+    """Train `task` in place from step `first` to step `last` of the schedule, or on from the newest checkpoint between.
+
+    Called anew, on a newly prepared model, whenever the trainable parameters change.
+
+    Args:
+        task: what is learned.
+        images, indices: the split, and which of it may be drawn.
+        schedule: batch, optimiser and learning rate.
+        key: the phase and round, and the seed.
+        context: the run.
+        fingerprint: of what the phase reads; checkpoints of another are not taken up.
+        first, last: steps of the schedule, the whole of it by default.
+
+    Raises:
+        Failed: the loss is not finite; the last good checkpoint is kept.
+        Interrupted: a signal came; a checkpoint has been written.
+    """
+    accelerator = context.accelerator
+    epoch_steps, total = steps_of(schedule, len(indices), key.phase)
+    last = total if last is None else last
+    saved = context.checkpoints.load(key.name, fingerprint, context.say)
+    if saved:
+        context.budget = saved.state["budget"]
+    if first >= last or (saved and saved.step >= last and last < total):
+        return  # the next call's part of the schedule has begun
+    # 1. model, optimiser, and where they stood
+    task.to(accelerator.device, memory_format=torch.channels_last).train()
+    flops = count_flops(task, draw_batch(images, indices, schedule, key, first, 0, accelerator, rows=2))
+    groups = task.parameter_groups(schedule.weight_decay)
+    optimizer = create_optimizer_v2(groups, schedule.optimizer, lr=schedule.lr, momentum=schedule.momentum)
+    step = first
+    if saved:
+        step = saved.step
+        saved.load_task(task)
+        if step > first:
+            saved.load_optimizer(optimizer)
+    model, optimizer = accelerator.prepare(task, optimizer)
+    # 2. schedule and log
+    warmup = min(round(schedule.warmup * epoch_steps), total // 10)
+    log, bar, window = Log(context, key, step), _bar(context, key, step, total), Window(context)
+    meter = Meter(context, flops, schedule.batch_size)
+    saved_at = step
+    context.stop.deferred = True
+    # 3. steps
+    try:
+        while step < last:
+            rate = learning_rate(step, total, warmup, schedule.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            seed_all(key.number("step", step, accelerator.process_index))
+            parts = (
+                draw_batch(images, indices, schedule, key, step, part, accelerator)
+                for part in range(schedule.accumulate)
+            )
+            window.add(take_step(model, optimizer, parts, schedule, accelerator))
+            step += 1
+            task.after_step(step, total)
+            bar.update()
+            # The host waits for the device here alone.
+            due = step % context.checkpoint_every == 0 or step == last
+            look = due or step % context.log_every == 0
+            ends = _agreed(context, look)
+            if look or ends:
+                means = window.read(step, schedule.batch_size)
+                log.write(step, step * schedule.batch_size, rate, means)
+                bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in {**means, "lr": rate}.items()), refresh=False)
+            if due or ends:
+                meter.read(step - saved_at)
+                save_checkpoint(task, optimizer.optimizer, key, step, fingerprint, context)
+                saved_at = step
+            if ends:
+                raise Interrupted(context.stop.number or signal.SIGTERM)
+    except Failed as error:
+        kept = f"the checkpoint of step {saved_at} is kept" if saved_at else "there is no checkpoint yet"
+        advice = f"a lower {key.phase}.lr, {key.phase}.clip_grad or --precision fp32 may help"
+        raise Failed(f"{key.phase}: {error}; {kept}; {advice}.") from error
+    finally:
+        context.stop.deferred = False
+        bar.close()
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+
+
+def take_step(
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    parts: Iterable[Batch],
+    schedule: Schedule,
+    accelerator: Accelerator,
+) -> dict[str, Tensor]:
+    """One step of the optimiser over a step's micro-batches; the metrics' means over them, left on the device."""
+    metrics: dict[str, Tensor] = {}
+    for number, batch in enumerate(parts, start=1):
+        with nullcontext() if number == schedule.accumulate else accelerator.no_sync(model):
+            result = model(batch)
+            accelerator.backward(result["loss"] / schedule.accumulate)
+        for name, value in result.items():
+            metrics[name] = metrics.get(name, 0) + value.detach() / schedule.accumulate
+    if schedule.clip_grad:
+        accelerator.clip_grad_norm_(model.parameters(), schedule.clip_grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+def save_checkpoint(
+    task: Task, optimizer: torch.optim.Optimizer, key: Key, step: int, fingerprint: str, context: Context
+) -> None:
+    """Write a checkpoint on the main process, if the weights are worth keeping.
+
+    Raises:
+        Failed: a weight is not finite.
+    """
+    if not all(bool(value.isfinite().all()) for value in task.state_dict().values() if value.is_floating_point()):
+        raise Failed(f"a weight is not finite after step {step}")
+    if context.main:
+        state = {"step": step, "budget": context.budget, "fingerprint": fingerprint}
+        context.checkpoints.save(key.name, task, optimizer, state)
+    context.accelerator.wait_for_everyone()
+
+
+class Meter:
+    """Adds what steps cost to the run's budget."""
+
+    def __init__(self, context: Context, flops: float, batch_size: int) -> None:
+        self.context, self.flops, self.batch_size, self.since = context, flops, batch_size, time.perf_counter()
+
+    def read(self, steps: int) -> None:
+        """Count `steps` more steps, and the time since the last reading."""
+        now, images = time.perf_counter(), steps * self.batch_size
+        self.context.spend(images, images * self.flops, now - self.since)
+        self.since = now
+
+
+def _bar(context: Context, key: Key, step: int, total: int) -> tqdm:
+    return tqdm(
+        total=total,
+        initial=step,
+        desc=f"{key.phase} {key.round}" if key.round else key.phase,
+        unit="step",
+        disable=not context.main,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
+
+
+def _agreed(context: Context, look: bool) -> bool:
+    """Whether to stop: one process asks its own flag at each step, several agree when they meet anyway."""
+    accelerator = context.accelerator
+    if accelerator.num_processes == 1:
+        return context.stop.requested()
+    if not look:
+        return False
+    asked = torch.tensor([float(context.stop.requested())], device=accelerator.device)
+    return bool(accelerator.reduce(asked, "sum").item() > 0)
+
+
+class Log:
+    """metrics.jsonl, cut back to the step that a phase goes on from, and the user's tracker."""
+
+    def __init__(self, context: Context, key: Key, step: int) -> None:
+        self.context, self.key, self.path = context, key, context.folder / "metrics.jsonl"
+        if context.main:
+            rows = read_lines(self.path)
+            here = (key.phase, key.round)
+            kept = [r for r in rows if (r["phase"], r["round"]) != here or r["step"] <= step]
+            if len(kept) < len(rows) or (self.path.exists() and not self.path.read_bytes().endswith(b"\n")):
+                write_lines(self.path, kept)
+
+    def write(self, step: int, images: int, rate: float, means: dict[str, float]) -> None:
+        row = {"phase": self.key.phase, "round": self.key.round, "step": step, "images": images, "lr": rate, **means}
+        if self.context.main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        prefix = f"{self.key.name}/"
+        self.context.accelerator.log({prefix + name: value for name, value in row.items() if name != "phase"})

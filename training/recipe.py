@@ -1,0 +1,347 @@
+"""Recipes: what a run does, as nested dataclasses, read from YAML and the command line by jsonargparse.
+
+The defaults are for photographs at 224 px. Limits stand in the types where a type can hold them, in `check` where two
+fields meet; what needs the images or the network is checked in `run.py`, still before anything is trained.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
+
+from .files import Refused
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+Restarts = restricted_number_type("Restarts", int, (">=", 2))
+Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"]
+
+
+@dataclass
+class Model:
+    """The network, as timm.create_model takes it"""
+
+    name: str = "resnet50"
+    """An architecture of timm, or weights: arch.tag, local-dir:FOLDER, hf-hub:ORG/NAME (with pretrained)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for timm.create_model, e.g. {output_stride: 8}."""
+    pretrained: bool = False
+    """Start from the weights that the name stands for instead of random ones."""
+
+
+@dataclass
+class Data:
+    """The images"""
+
+    path: str | None = None
+    """What datasets.load_dataset takes (Hub name, folder of images or parquet files), a parquet file, or "digits"."""
+    name: str | None = None
+    """Configuration of a Hub data set that has several."""
+    split: str = "train"
+    """Split to train on."""
+    test_split: str | None = None
+    """Split to test on; without one "test" or "validation" if it is there, else none."""
+    image_column: str | None = None
+    """Column of images; without one the only column of images."""
+    label_column: str | None = None
+    """Column of labels, for evaluation alone; without one "label", "labels" or "fine_label" if it is there."""
+    size: PositiveInt = 224
+    """Working size, px: side of the square that the network sees."""
+    limit: PositiveInt | None = None
+    """Use that many images of the split, drawn by split_seed; without it all."""
+    val_fraction: OpenUnitInterval = 0.1
+    """Share of the split held out from all training, on which settings may be chosen."""
+    split_seed: int = 0
+    """Draws limit and the held-out part; never the run's seed, so that all runs hold out the same."""
+    max_bad_fraction: ClosedUnitInterval = 0.01
+    """Share of images that may fail to decode before the run stops."""
+    memory_gb: NonNegativeFloat | None = None
+    """Decoded images up to this size, GB, stay in memory, larger ones in a file beside the run; without it half of
+    what is free."""
+
+
+@dataclass
+class Views:
+    """Random views of an image"""
+
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)
+    """Area of the crop as a share of the image, lower and upper limit, at most 1."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
+    """Width over height of the crop, lower and upper limit."""
+    flip: ClosedUnitInterval = 0.5
+    """Probability of a horizontal flip."""
+    jitter: ClosedUnitInterval = 0.8
+    """Probability of colour jitter."""
+    brightness: ClosedUnitInterval = 0.4
+    """Strength: factors from 1 - x to 1 + x."""
+    contrast: ClosedUnitInterval = 0.4
+    """Strength: factors from 1 - x to 1 + x."""
+    saturation: ClosedUnitInterval = 0.4
+    """Strength: factors from 1 - x to 1 + x."""
+    hue: ClosedUnitInterval = 0.1
+    """Strength: shifts from -x to x of the colour circle, at most 0.5."""
+    grey: ClosedUnitInterval = 0.2
+    """Probability of grey."""
+    blur: ClosedUnitInterval = 0.0
+    """Probability of a Gaussian blur, its kernel a tenth of the image."""
+    blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+    """Standard deviation of the blur, px, lower and upper limit."""
+    solarize: ClosedUnitInterval = 0.0
+    """Probability of solarisation at 0.5."""
+    turn: ClosedUnitInterval = 0.0
+    """Probability of a quarter turn, to any of the three other sides."""
+
+
+def weak_views() -> Views:
+    """Crop and flip, as the proxy tasks were published with."""
+    return Views(crop_scale=(0.4, 1.0), jitter=0.0, grey=0.0)
+
+
+@dataclass
+class Schedule:
+    """How the parameters of a phase are trained"""
+
+    epochs: NonNegativeFloat = 100.0
+    """Passes over the training images; parts of one are allowed."""
+    batch_size: PositiveInt = 256
+    """Images of a step, over all processes and accumulated micro-batches."""
+    accumulate: PositiveInt = 1
+    """Micro-batches that a process splits its share of a step into."""
+    optimizer: str = "sgd"
+    """Optimiser, a name of timm.optim (sgd has Nesterov momentum)."""
+    lr: PositiveFloat = 0.1
+    """Highest learning rate, reached after warm-up; a cosine leads to 0."""
+    warmup: NonNegativeFloat = 1.0
+    """Linear warm-up, epochs; never more than a tenth of the phase."""
+    momentum: ClosedUnitInterval = 0.9
+    """Momentum; for Adam-like optimisers beta 1."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay of weights; biases and norms have none."""
+    clip_grad: NonNegativeFloat = 0.0
+    """Largest norm of the gradient; 0 clips nothing."""
+    mlp_layers: NonNegativeInt = 0
+    """Layers of a disposable MLP between the backbone and the head."""
+    mlp_dim: PositiveInt = 2048
+    """Its width."""
+    ema: ClosedUnitInterval = 0.0
+    """Decay per step of averaged weights that become the result; 0 averages nothing."""
+    views: Views = field(default_factory=Views)
+
+
+@dataclass
+class Proxy(Schedule):
+    """Phase 1: the proxy task"""
+
+    name: str = "rotation"
+    """Task, a file of training/proxies."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the task, see its file."""
+    views: Views = field(default_factory=weak_views)
+
+
+@dataclass
+class Clusters:
+    """Phase 2: features to pseudo-labels"""
+
+    source: Literal["backbone", "random", "labels"] = "backbone"
+    """What is clustered: the backbone's features; an untrained network's; or nothing, the true labels are taken."""
+    stage: int = -2
+    """Stage whose features are clustered, an index into timm's feature_info."""
+    average: bool = True
+    """Average the features over the proxy's nuisance views."""
+    whiten: NonNegativeInt = 256
+    """Dimensions kept by PCA whitening, at most the features'; 0 leaves them as they are."""
+    k: list[PositiveInt] = field(default_factory=lambda: [1000, 3000, 10000])
+    """Numbers of clusters, a clustering each."""
+    restarts: Restarts = 2
+    """Runs of k-means, the best of which counts; at least 2, which also tells how much the seed matters."""
+    iterations: PositiveInt = 50
+    """Most iterations of a run of k-means."""
+
+
+@dataclass
+class Relearn(Schedule):
+    """Phase 3: the high part from the pseudo-labels"""
+
+    rounds: PositiveInt = 1
+    """Passes of phases 2 and 3."""
+    split: int = -3
+    """Last stage of the low part, an index into timm's feature_info."""
+    reinit: Literal["high", "all", "none"] = "high"
+    """Which part starts from new random weights."""
+    settle: ClosedUnitInterval = 0.1
+    """Share of the phase during which the low part is frozen."""
+    low_lr: NonNegativeFloat = 1.0
+    """Learning rate of the low part after that, as a share of lr; 0 keeps it frozen."""
+    low_norm: Literal["eval", "train"] = "train"
+    """Normalisation of a frozen low part: by its stored statistics, or by each batch's."""
+    mlp_layers: NonNegativeInt = 2
+    """Layers of a disposable MLP between the backbone and the head."""
+    label_smoothing: ClosedUnitInterval = 0.0
+    """Share of the target spread over all clusters."""
+
+
+@dataclass
+class Evaluate:
+    """What is measured, on frozen features"""
+
+    test: bool = True
+    """Also measure on the test split; false while settings are being chosen."""
+    batch_size: PositiveInt = 512
+    """Images of a forward pass, over all processes."""
+    images: PositiveInt = 50_000
+    """Most training images that a probe is fitted on."""
+    linear_c: list[PositiveFloat] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
+    """Inverse regularisation of the linear probe, chosen on the held-out part."""
+    knn_k: list[PositiveInt] = field(default_factory=lambda: [20, 200])
+    """Neighbours that vote."""
+    knn_temperature: PositiveFloat = 0.07
+    """Temperature of their weights."""
+    residue_images: PositiveInt = 5_000
+    """Most images, each in all of the proxy's nuisance views, on which the residue is measured."""
+
+
+@dataclass
+class Log:
+    """What is said on the way"""
+
+    every: PositiveInt = 20
+    """Steps between two lines of metrics.jsonl; the host waits for the device only then."""
+    tracker: Tracker | None = None
+    """Also log there; its package is yours to install."""
+
+
+@dataclass
+class Recipe:
+    """One run: phases 1 to 3, evaluation and export."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    proxy: Proxy = field(default_factory=Proxy)
+    clusters: Clusters = field(default_factory=Clusters)
+    relearn: Relearn = field(default_factory=Relearn)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    log: Log = field(default_factory=Log)
+    run: str | None = None
+    """Run folder: a path, or a name under runs/; without one the recipe's name."""
+    seed: NonNegativeInt = 0
+    """Seed of everything but the data's splits."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of training; auto: bf16 where the device has units for it, else fp16 on CUDA, else fp32."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between two checkpoints."""
+
+
+class Parser(ArgumentParser):
+    """A parser that says what is wrong in one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        text = re.sub(r"\s+", " ", str(message)).strip()
+        text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
+        raise Refused(f"{text} (see --help)") from ex
+
+
+def parser(prog: str = "python -m training", description: str | None = None) -> Parser:
+    """The command line of everything that takes a recipe: ``--config FILE`` and an option for each field."""
+    result = Parser(prog=prog, description=description, allow_abbrev=False)
+    result.add_argument("--config", action="config", help="Recipe, a YAML file; later options override it.")
+    result.add_class_arguments(Recipe, as_group=False)
+    return result
+
+
+def parse(arguments: Sequence[str]) -> Recipe:
+    """Command line to a checked recipe.
+
+    Raises:
+        Refused: a field is unknown, of the wrong type, or impossible.
+    """
+    command = parser()
+    try:
+        values = command.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise Refused(str(error)) from error
+    return from_values(values, command)
+
+
+def from_values(values: Any, command: Parser) -> Recipe:
+    """What a parser returned, as a checked recipe whose `run` is set."""
+    configs = [Path(str(path)) for path in values.pop("config", None) or []]
+    made = command.instantiate(values)
+    recipe = Recipe(**{f.name: made[f.name] for f in dataclasses.fields(Recipe)})
+    recipe.run = str(run_folder(recipe, configs[-1] if configs else None))
+    check(recipe)
+    return recipe
+
+
+def run_folder(recipe: Recipe, config: Path | None = None) -> Path:
+    """``--run`` if given, else the recipe's name under runs/."""
+    if recipe.run:
+        return Path(recipe.run) if "/" in recipe.run else Path("runs") / recipe.run
+    if config is not None:
+        return Path("runs") / (config.resolve().parent.name if config.stem == "recipe" else config.stem)
+    name = re.sub(r"[^\w.-]+", "_", f"{recipe.model.name}.{recipe.proxy.name}_{Path(recipe.data.path or '').stem}")
+    return Path("runs") / name
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what two fields, or a field's limits beyond its type, make impossible.
+
+    Raises:
+        Refused: naming the field.
+    """
+    if not recipe.data.path:
+        raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
+    for phase in ("proxy", "relearn"):
+        schedule: Schedule = getattr(recipe, phase)
+        views = schedule.views
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(views, name)
+            if low > high:
+                raise Refused(f"{phase}.views.{name}: the lower limit {low} is above the upper limit {high}.")
+        if views.crop_scale[1] > 1:
+            raise Refused(f"{phase}.views.crop_scale: {views.crop_scale[1]} is a crop larger than the image, 1.")
+        if views.hue > 0.5:
+            raise Refused(f"{phase}.views.hue: {views.hue} is more than half the colour circle; at most 0.5.")
+        if schedule.batch_size % schedule.accumulate:
+            raise Refused(
+                f"{phase}.accumulate: {schedule.accumulate} micro-batches do not divide "
+                f"{phase}.batch_size {schedule.batch_size}."
+            )
+    if recipe.relearn.epochs == 0:
+        raise Refused("relearn.epochs: 0 leaves nothing to relearn; give at least a part of an epoch.")
+    if not recipe.clusters.k:
+        raise Refused("clusters.k: the list is empty; give at least one number of clusters.")
+    if len(set(recipe.clusters.k)) < len(recipe.clusters.k):
+        raise Refused(f"clusters.k: {recipe.clusters.k} names a number of clusters twice.")
+    if not recipe.evaluate.linear_c or not recipe.evaluate.knn_k:
+        raise Refused("evaluate.linear_c and evaluate.knn_k need at least one value each.")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that `parse` reads back as the same recipe."""
+    values = dataclasses.asdict(recipe)
+    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    return next((kind(value) for kind in (int, float, str) if isinstance(value, kind)), value)

@@ -1,0 +1,61 @@
+"""Records: one JSON line for each measured figure. Tables, cards and figures are made from them and nothing else."""
+
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .files import read_lines, write_lines
+
+# What makes two records figures of the same thing: a newer one replaces an older.
+IDENTITY = ("arm", "seed", "phase", "round", "stage", "protocol", "data", "split", "metric", "variant")
+
+
+def identity(record: dict[str, Any]) -> tuple:
+    settings = record.get("settings", {})
+    return (*(record.get(name) for name in IDENTITY), settings.get("k"), settings.get("views"))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; none if there is no file."""
+    return read_lines(path)
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add records to a file; one of the same thing replaces an older one."""
+    merged = {identity(record): record for record in read(path)} | {identity(record): record for record in records}
+    write_lines(path, list(merged.values()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure may depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "timm", "accelerate")}}
+
+
+def device_name(kind: str) -> str:
+    """A device as records name it, e.g. "AMD EPYC, 2 cores"."""
+    import os
+
+    import torch
+
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    name = found.group(1).strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {cores}" if kind == "cpu" else f"{kind}, {name}"
+
+
+def value(records: list[dict[str, Any]], **fields: Any) -> float | None:
+    """The value of the one record that has these fields, None if there is none; `k` is looked for in its settings."""
+    k = fields.pop("k", None)
+    found = [
+        r["value"]
+        for r in records
+        if all(r.get(name) == wanted for name, wanted in fields.items()) and (k is None or r["settings"].get("k") == k)
+    ]
+    return found[-1] if found else None

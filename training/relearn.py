@@ -1,0 +1,135 @@
+"""Phase 3: keep the low part, re-initialise the high part, and train it to predict the pseudo-labels.
+
+While the new high part is random the low part is frozen (settle), so that it is not distorted by a random head's
+gradient (Kumar et al., ICLR 2022); then it trains on at `low_lr` of the learning rate.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backbone as B
+from . import recipe
+from .files import Refused
+from .images import Images
+from .launch import Key, seed_all
+from .loop import Context, steps_of, train
+from .task import BackboneTask, Batch, accuracy, decay_groups
+
+
+class Relearn(BackboneTask):
+    """Mean over the clusterings of the cross-entropy with their pseudo-labels.
+
+    Args:
+        backbone: the network, its high part already new.
+        low: names of its low part.
+        labels: [N, heads] int64, a column for each clustering, -1 where an image has no label.
+        classes: number of clusters of each column.
+        settings: the recipe's phase 3.
+        images: size and statistics of the images.
+        settled: step at which settle ends.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        low: set[str],
+        labels: Tensor,
+        classes: list[int],
+        settings: recipe.Relearn,
+        images: Images,
+        settled: int,
+    ) -> None:
+        super().__init__(backbone, settings, images, average_from=settled)
+        self.low, self.low_norm, self.low_lr = low, settings.low_norm, settings.low_lr
+        self.smoothing = settings.label_smoothing
+        self.register_buffer("targets", labels, persistent=False)
+        self.heads = nn.ModuleList(nn.Linear(self.width, count) for count in classes)
+        self.frozen = False
+
+    def freeze_low(self, frozen: bool) -> None:
+        """Freeze or free the low part; the loop has to be called anew after it."""
+        self.frozen = frozen
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(not (frozen and name in self.low))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Relearn":
+        super().train(mode)
+        if mode and self.frozen:
+            B.set_frozen_mode(self.backbone, self.low, self.low_norm)
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        targets = self.targets[batch.indices.to(self.targets.device)]
+        hidden = self.embed(self.see(batch))
+        losses, hits = [], []
+        for head, target in zip(self.heads, targets.unbind(1), strict=True):
+            logits = head(hidden).float()
+            loss = F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing, reduction="sum")
+            losses.append(loss / (target >= 0).sum().clamp(min=1))
+            hits.append(accuracy(logits.detach(), target))
+        return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(hits).mean()}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        low = [(n, p) for n, p in self.backbone.named_parameters() if n in self.low]
+        taken = {id(p) for _, p in low}
+        high = [(n, p) for n, p in self.named_parameters() if id(p) not in taken]
+        return decay_groups(low, weight_decay, self.low_lr) + decay_groups(high, weight_decay)
+
+
+def split(network: nn.Module, settings: recipe.Relearn, size: int) -> set[str]:
+    """Names of the low part.
+
+    Raises:
+        Refused: there is no such stage, or nothing above it to re-initialise.
+    """
+    stage = B.resolve_stage(network, settings.split, "relearn.split")
+    low = B.low_names(network, stage, size)
+    if settings.reinit == "high" and all(name in low for name, _ in network.named_parameters()):
+        raise Refused(
+            f"relearn.split: no parameter lies above stage {settings.split}, so that there is no high part to relearn; "
+            "choose an earlier stage."
+        )
+    return low
+
+
+def relearn(
+    network: nn.Module,
+    model: recipe.Model,
+    settings: recipe.Relearn,
+    labels: Tensor,
+    classes: list[int],
+    images: Images,
+    key: Key,
+    context: Context,
+    fingerprint: str,
+) -> nn.Module:
+    """Train phase 3 from `network`, which is changed, and return the relearned backbone.
+
+    Args:
+        network: the backbone whose low part is kept.
+        model: how to build a new one.
+        settings: the recipe's phase 3.
+        labels: [N, heads] int64 pseudo-labels by image index, -1 for none.
+        classes: number of clusters of each head.
+        images: the training split.
+        key, context, fingerprint: as `loop.train` takes them.
+    """
+    indices = images.train[(labels[images.train] >= 0).any(1)]
+    _, total = steps_of(settings, len(indices), "relearn")
+    settled = round(settings.settle * total)
+    low = split(network, settings, images.size)
+    seed_all(key.number("fresh"))
+    if settings.reinit != "none":
+        names = {n for n, _ in (*network.named_parameters(), *network.named_buffers())}
+        fresh = B.create(model, images.size, pretrained=False)
+        B.reinit(network, names if settings.reinit == "all" else names - low, fresh)
+    task = Relearn(network, low, labels, classes, settings, images, settled)
+    task.freeze_low(True)
+    train(task, images, indices, settings, key, context, fingerprint, last=settled)
+    task.freeze_low(settings.low_lr == 0)
+    train(task, images, indices, settings, key, context, fingerprint, first=settled)
+    return task.result()

@@ -1,0 +1,118 @@
+"""Tasks: what the loop trains. A batch in, a loss and metrics out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from . import views
+from .images import Images
+from .recipe import Schedule
+
+
+@dataclass
+class Batch:
+    """What a task is given.
+
+    Attributes:
+        pixels: [B, 3, S, S] uint8, on the device.
+        sides: [B] int64 on the CPU, px of each image.
+        indices: [B] int64 on the CPU, where the images stand in their split.
+        labels: [B] int64 on the device, -1 where unknown; None without labels.
+        draws: the step's random stream, of which this batch has its rows.
+    """
+
+    pixels: Tensor
+    sides: Tensor
+    indices: Tensor
+    labels: Tensor | None
+    draws: views.Draws
+
+
+class Task(nn.Module):
+    """What is learned: owns backbone, heads, queues and averaged copies, so that its state_dict is the whole state."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss`` and the task's own metrics, these detached."""
+        raise NotImplementedError
+
+    def after_step(self, step: int, total: int) -> None:
+        """Move averages and queues after `step` of `total` steps."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Trainable parameters for the optimiser; a group's ``lr_scale`` multiplies the learning rate."""
+        return decay_groups(list(self.named_parameters()), weight_decay)
+
+
+def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float, lr_scale: float = 1.0) -> list[dict]:
+    """Trainable parameters in two groups: weights with decay, biases and norms without."""
+    parameters = [p for _, p in named if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": lr_scale},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class BackboneTask(Task):
+    """A task over random views of single images: a backbone, a disposable MLP, and an average of the backbone.
+
+    Args:
+        backbone: a timm model without a head.
+        schedule: views, MLP and averaging of the phase.
+        images: size and statistics of the images.
+        average_from: step from which the average is taken; before it, the average is the backbone.
+    """
+
+    def __init__(self, backbone: nn.Module, schedule: Schedule, images: Images, average_from: int = 0) -> None:
+        super().__init__()
+        self.backbone, self.views, self.size = backbone, schedule.views, images.size
+        self.register_buffer("mean", torch.tensor(images.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(images.std), persistent=False)
+        self.mlp, self.width = mlp(pooled_size(backbone, images.size), schedule.mlp_dim, schedule.mlp_layers)
+        self.average = None
+        if schedule.ema:
+            self.average = ModelEmaV3(backbone, decay=schedule.ema, update_after_step=average_from)
+            self.average.requires_grad_(False)
+
+    def see(self, batch: Batch) -> Tensor:
+        """A random view of each image, [B, 3, size, size], float32 in [0, 1]."""
+        return views.random_views(self.views, batch.pixels, batch.sides, batch.draws, self.size)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to what the head reads, [B, width]."""
+        return self.mlp(self.backbone(views.normalize(images, self.mean, self.std)))
+
+    def after_step(self, step: int, total: int) -> None:
+        if self.average is not None:
+            self.average.update(self.backbone, step=step)
+
+    def result(self) -> nn.Module:
+        """The trained backbone, averaged if the schedule says so, in evaluation mode."""
+        return (self.backbone if self.average is None else self.average.module).eval().requires_grad_(True)
+
+
+def pooled_size(backbone: nn.Module, size: int) -> int:
+    """Number of pooled features; timm's num_features is another thing where a head has a hidden layer."""
+    mode, parameter = backbone.training, next(backbone.parameters())
+    with torch.no_grad():
+        width = backbone.eval()(torch.zeros(1, 3, size, size, device=parameter.device)).shape[1]
+    backbone.train(mode)
+    return width
+
+
+def mlp(width: int, hidden: int, layers: int) -> tuple[nn.Module, int]:
+    """`layers` times linear, batch norm, ReLU, and the width that comes out."""
+    blocks: list[nn.Module] = []
+    for _ in range(layers):
+        blocks += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        width = hidden
+    return nn.Sequential(*blocks), width
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of rows whose largest logit is the label's; rows labelled -1 do not count."""
+    known = labels >= 0
+    return ((logits.argmax(1) == labels) & known).sum() / known.sum().clamp(min=1)
