@@ -281,8 +281,3 @@ def save(network: nn.Module, folder: Path, images: Images, tag: str = "", licens
 def load(folder: Path, **kwargs: Any) -> nn.Module:
     """A saved backbone, every weight of which was found."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **kwargs)
-
-
-def input_of(network: nn.Module) -> dict[str, Any]:
-    """Mean and std that a pretrained network was trained with."""
-    return {"mean": tuple(network.pretrained_cfg["mean"]), "std": tuple(network.pretrained_cfg["std"])}

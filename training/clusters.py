@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import backbone as B
 from . import recipe
-from .files import Refused
+from .files import Refused, whole_file
 from .images import Images
 from .kmeans import assign, kmeans
 from .launch import Key
@@ -132,7 +132,7 @@ def cluster(
         runs = kmeans(mine, k, key.number("kmeans", k), settings.iterations, accelerator, settings.restarts)
         best, second = (run.centroids.cpu() for run in runs[:2])
         labels, distances = (x.numpy() for x in assign(rows, best))
-        tensors[f"centroids_{k}"] = best.contiguous()
+        tensors[f"centroids_{k}"] = best
         columns[f"label_{k}"], columns[f"distance_{k}"] = labels, distances
         chosen = train.numpy()
         report[str(k)] = {
@@ -150,7 +150,8 @@ def cluster(
         context.spend(0.0, 2.0 * k * int(train.sum()) * rows.shape[1] * products, 0.0)
     if context.main:
         write_labels(folder / "labels.parquet", images, usable, columns)
-        save_file(tensors, folder / "clusters.safetensors", {"format": "pt"})
+        with whole_file(folder / "clusters.safetensors") as beside:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
     return report
 
 
@@ -174,13 +175,24 @@ def write_labels(path: Path, images: Images, usable: Tensor, columns: dict[str, 
         full[usable.numpy()] = values
         kind = pa.int32() if name.startswith("label") else pa.float32()
         table[name] = pa.array(full, mask=blank).cast(kind)
-    pq.write_table(pa.table(table), path)
+    with whole_file(path) as beside:
+        pq.write_table(pa.table(table), beside)
 
 
-def read_labels(path: Path, k: list[int]) -> Tensor:
-    """labels.parquet as [N, len(k)] int64, -1 where there is none."""
+def from_classes(images: Images, context: Context, folder: Path) -> None:
+    """Write the true labels of the training images as labels.parquet, for the supervised arm; no held-out image's."""
+    if context.main:
+        usable = images.all
+        labels = torch.where(images.held_out, -1, images.labels)[usable].numpy()
+        name = f"label_{len(images.label_names)}"
+        write_labels(folder / "labels.parquet", images, usable, {name: labels})
+
+
+def read_labels(path: Path) -> tuple[Tensor, list[int]]:
+    """labels.parquet as [N, heads] int64, -1 where there is none, and the number of clusters of each head."""
     table = pq.read_table(path)
-    return torch.stack([torch.from_numpy(table[f"label_{n}"].fill_null(-1).to_numpy()).long() for n in k], 1)
+    k = [int(name.removeprefix("label_")) for name in table.column_names if name.startswith("label_")]
+    return torch.stack([torch.tensor(table[f"label_{n}"].fill_null(-1).to_numpy().astype(np.int64)) for n in k], 1), k
 
 
 class Clustered:

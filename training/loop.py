@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -93,6 +94,12 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+@lru_cache(maxsize=2)
+def epoch_order(key: Key, epoch: int, images: int) -> Tensor:
+    """The order in which an epoch draws its images, [images] int64."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(key.number("epoch", epoch)))
+
+
 def draw_batch(
     images: Images,
     indices: Tensor,
@@ -106,7 +113,7 @@ def draw_batch(
     """Micro-batch `part` of this process at a step: its rows of the global batch, or only so many of them."""
     size, epoch_steps = schedule.batch_size, len(indices) // schedule.batch_size
     epoch, place = divmod(step, epoch_steps)
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(key.number("epoch", epoch)))
+    order = epoch_order(key, epoch, len(indices))
     share = size // (accelerator.num_processes * schedule.accumulate)
     start = (accelerator.process_index * schedule.accumulate + part) * share
     rows = min(rows or share, share)

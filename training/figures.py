@@ -1,0 +1,178 @@
+"""Figures of a run, drawn from records, metrics and images."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from .files import read_lines, whole_file
+from .images import Images
+from .views import as_float, resized_crop
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {"random": "#8c8c8c", "proxy_short": "#3b75af", "proxy": "#3b75af", "sslpp": "#e1812c"}
+OTHERS = ("#3a923a", "#c03d3e", "#9372b2", "#845b53", "#d684bd", "#a9a922", "#2ab7ca")
+TILE = 64  # px of an image in a sheet
+PANELS = (
+    ("linear", None, "linear probe"),
+    ("knn", 20, "nearest neighbours"),
+    ("residue", None, "residue of the proxy"),
+)
+
+
+def colour(arm: str, number: int = 0) -> str:
+    """An arm's colour, the same in every figure."""
+    return COLOURS.get(arm, OTHERS[number % len(OTHERS)])
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    with whole_file(path) as beside:
+        # No date and version in the file: the same data gives the same bytes.
+        figure.savefig(beside, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def tiles(images: Images, indices: Tensor) -> np.ndarray:
+    """Stored images as [n, TILE, TILE, 3] uint8."""
+    sides = images.sides[indices]
+    whole = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], 1)
+    grown = resized_crop(as_float(images.pixels[indices]), whole, TILE)
+    return (grown * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def contact_sheet(path: Path, images: Images, labels: Path, rows: int = 12, columns: int = 12) -> None:
+    """A row of the most typical images of each of some clusters, from the largest to the smallest."""
+    table = pq.read_table(labels)
+    k = min(int(name.removeprefix("label_")) for name in table.column_names if name.startswith("label_"))
+    found = table[f"label_{k}"].fill_null(-1).to_numpy()
+    name = f"distance_{k}"
+    distance = table[name].fill_null(2.0).to_numpy() if name in table.column_names else np.zeros(len(found))
+    sizes = np.bincount(found[found >= 0], minlength=k)
+    by_size = np.argsort(-sizes, kind="stable")
+    by_size = by_size[sizes[by_size] > 0]
+    chosen = by_size[np.unique(np.linspace(0, len(by_size) - 1, min(rows, len(by_size))).round().astype(int))]
+    figure, axes = plt.subplots(len(chosen), 1, figsize=(9.5, 0.8 * len(chosen) + 0.5), squeeze=False)
+    for axis, number in zip(axes[:, 0], chosen, strict=True):
+        members = np.flatnonzero(found == number)
+        nearest = members[np.argsort(distance[members], kind="stable")][:columns]
+        strip = np.full((TILE, columns * TILE, 3), 255, np.uint8)
+        for place, tile in enumerate(tiles(images, torch.from_numpy(nearest))):
+            strip[:, place * TILE : (place + 1) * TILE] = tile
+        axis.imshow(strip)
+        axis.set_axis_off()
+        axis.text(-8, TILE / 2, _describe(images, number, members), ha="right", va="center", fontsize=8)
+    figure.suptitle(f"{len(chosen)} of {k} clusters, nearest images first", fontsize=10)
+    _save(figure, path)
+
+
+def _describe(images: Images, number: int, members: np.ndarray) -> str:
+    text = f"cluster {number}\n{len(members)} images"
+    if images.labels is not None:
+        classes = images.labels[torch.from_numpy(members)]
+        classes = classes[classes >= 0]
+        if len(classes):
+            most = int(classes.mode().values)
+            text += f"\n{100 * (classes == most).double().mean():.0f} % {images.label_names[most][:16]}"
+    return text
+
+
+def stages(path: Path, records: list[dict[str, Any]], arms: list[str], split: str) -> None:
+    """Accuracy and residue against stage, a line for each arm; shaded from the smallest seed to the largest."""
+    panels = [p for p in PANELS if any(r["protocol"] == p[0] for r in records)]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
+    for axis, (protocol, k, title) in zip(axes[0], panels, strict=True):
+        rows = [r for r in records if r["protocol"] == protocol and r["split"] == split]
+        present = {r["settings"].get("k") for r in rows}
+        k = k if k in present else min(present, default=None, key=lambda n: n or 0)
+        rows = [r for r in rows if r["settings"].get("k") == k]
+        places = sorted({r["stage"] for r in rows if r["stage"] != "pooled"})
+        for number, arm in enumerate(arms):
+            values = [
+                [100 * r["value"] for r in rows if r["arm"] == arm and r["stage"] == s] for s in (*places, "pooled")
+            ]
+            if not all(values):
+                continue
+            x = [*places, max(places, default=0) + 1]
+            axis.plot(x, [np.mean(v) for v in values], "o-", ms=4, color=colour(arm, number), label=arm)
+            axis.fill_between(
+                x, [min(v) for v in values], [max(v) for v in values], color=colour(arm, number), alpha=0.2
+            )
+        axis.set_xticks([*places, max(places, default=0) + 1], [*map(str, places), "pooled"])
+        axis.set_title(f"{title}, k = {k}" if k else title, fontsize=10)
+        axis.set_xlabel("stage")
+        axis.set_ylabel(f"top-1 on {split}, %")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def curves(path: Path, metrics: Path) -> None:
+    """Loss and accuracy against images, a column for each phase and round."""
+    rows = read_lines(metrics)
+    phases = list(dict.fromkeys((row["phase"], row["round"]) for row in rows))
+    if not phases:
+        return
+    figure, axes = plt.subplots(2, len(phases), figsize=(4.2 * len(phases), 4.6), squeeze=False, sharex="col")
+    for column, (name, number) in enumerate(phases):
+        here = [row for row in rows if (row["phase"], row["round"]) == (name, number)]
+        x = [row["images"] for row in here]
+        for axis, metric in zip(axes[:, column], ("loss", "accuracy"), strict=True):
+            axis.plot(x, [row.get(metric, np.nan) for row in here], lw=1, color=colour("sslpp" if number else "proxy"))
+            axis.set_ylabel(metric)
+            axis.grid(alpha=0.3)
+        axes[0, column].set_title(f"{name} {number}" if number else name, fontsize=10)
+        axes[1, column].set_xlabel("images seen")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def neighbours(path: Path, features: dict[str, Tensor], images: Images, shown: Tensor, rows: int = 8) -> None:
+    """Held-out images and their nearest training images under two backbones, side by side.
+
+    Args:
+        path: where the figure goes.
+        features: [n, D] of `shown` for each backbone.
+        images: the training split.
+        shown: [n] indices; the held-out ones among them, the first `rows`, are asked about.
+    """
+    held_out = images.held_out[shown]
+    asked, bank = held_out.nonzero().flatten()[:rows], (~held_out).nonzero().flatten()
+    count = min(6, len(bank))
+    figure, axes = plt.subplots(
+        len(asked), 2 * count + 2, figsize=(2 * count + 2, 1.08 * len(asked) + 0.5), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for side in axis.spines.values():
+            side.set_visible(False)
+    labels = images.labels
+    for row, query in enumerate(asked.tolist()):
+        axes[row, 0].imshow(tiles(images, shown[query : query + 1])[0])
+        for side, (_, found) in enumerate(features.items()):
+            unit = torch.nn.functional.normalize(found, dim=1)
+            near = bank[(unit[bank] @ unit[query]).topk(count).indices]
+            for place, tile in enumerate(tiles(images, shown[near])):
+                axis = axes[row, 1 + side * (count + 1) + place]
+                axis.imshow(tile)
+                if labels is not None and labels[shown[query]] >= 0:
+                    same = bool(labels[shown[near[place]]] == labels[shown[query]])
+                    for spine in axis.spines.values():
+                        spine.set_visible(True)
+                        spine.set_linewidth(2.5)
+                        spine.set_color("#3a923a" if same else "#c03d3e")
+    axes[0, 0].set_title("image", fontsize=10)
+    for side, name in enumerate(features):
+        axes[0, 1 + side * (count + 1)].set_title(f"nearest under {name}", fontsize=10, loc="left")
+    if labels is not None:
+        figure.text(0.5, 0.06, "green: same class as the image; red: another", ha="center", fontsize=9)
+    _save(figure, path)

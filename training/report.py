@@ -1,0 +1,140 @@
+"""Records to tables: on the screen, in report.md, in cards."""
+
+from pathlib import Path
+from typing import Any
+
+from . import figures
+from .files import write_text
+from .recipe import Recipe
+
+Records = list[dict[str, Any]]
+TITLES = {
+    "linear": "linear probe, top-1 %",
+    "knn": "nearest neighbours, top-1 %",
+    "residue": "residue, top-1 % (lower: less of the proxy is left)",
+    "rankme": "RankMe (effective rank)",
+}
+
+
+def split_of(records: Records) -> str:
+    """The split that tables show: test where it was measured, else the held-out part of train."""
+    return "test" if any(r["split"] == "test" for r in records) else "val"
+
+
+def last_round(records: Records, arm: str) -> Records:
+    """An arm's records of its last round."""
+    rows = [r for r in records if r["arm"] == arm]
+    return [r for r in rows if r["round"] == max(x["round"] for x in rows)]
+
+
+def tables(records: Records, arms: list[str]) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows) for each protocol: a row for each arm, a column for each stage and the pooled features."""
+    split = split_of(records)
+    rows = [r for arm in arms for r in last_round(records, arm) if r["split"] == split]
+    stages = sorted({r["stage"] for r in rows if r["stage"] != "pooled"})
+    result = []
+    for protocol, title in TITLES.items():
+        for k in sorted({r["settings"].get("k") or 0 for r in rows if r["protocol"] == protocol}):
+            head = [f"{title}, k = {k}" if k else title, *(f"stage {s}" for s in stages), "pooled"]
+            lines = [head]
+            for arm in arms:
+                values = {
+                    r["stage"]: r["value"] * (1 if protocol == "rankme" else 100)
+                    for r in rows
+                    if r["arm"] == arm and r["protocol"] == protocol and (r["settings"].get("k") or 0) == k
+                }
+                if values:
+                    lines.append([arm, *(f"{values[s]:.1f}" if s in values else "" for s in (*stages, "pooled"))])
+            result.append((protocol, lines))
+    return result
+
+
+def as_text(lines: list[list[str]]) -> str:
+    """A table for the screen."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    """A table for Markdown."""
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|---" + "|---:" * (len(lines[0]) - 1) + "|", *body])
+
+
+def gain(records: Records, arm: str) -> str:
+    """What the result gained over the backbone it started from, or why there is no figure."""
+    split = split_of(records)
+
+    def pooled(name: str, protocol: str) -> tuple[float, int, int] | None:
+        rows = [r for r in last_round(records, name) if r["stage"] == "pooled" and r["split"] == split]
+        rows = [r for r in rows if r["protocol"] == protocol]
+        return (100 * rows[0]["value"], rows[0]["images_seen"], rows[0]["seed"]) if rows else None
+
+    parts = []
+    for protocol, name in (("linear", "linear"), ("knn", "nearest neighbours"), ("residue", "residue")):
+        before, after = pooled("proxy_short", protocol), pooled(arm, protocol)
+        if before and after:
+            parts.append(f"{name} {before[0]:.1f} -> {after[0]:.1f} ({after[0] - before[0]:+.1f})")
+            seen, seed = (before[1], after[1]), after[2]
+    if not parts:
+        return "There is nothing to compare yet."
+    where = {"val": "the held-out part of train", "test": "the test split"}[split]
+    return (
+        f"{arm} over the proxy's backbone, pooled features, on {where}, seed {seed}: {'; '.join(parts)}. "
+        f"The proxy's backbone has seen {seen[0]:,} images, {arm} {seen[1]:,}: a comparison at equal budget, over "
+        "several seeds, is what training.compare makes."
+    )
+
+
+def usage(folder: Path, size: int) -> str:
+    """Lines of Python that load a backbone folder and embed an image."""
+    return f"""import timm, torch
+from PIL import Image
+
+model = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.new("RGB", ({2 * size}, {2 * size}))  # your own: Image.open("photo.jpg").convert("RGB")
+with torch.no_grad():
+    features = model(transform(image).unsqueeze(0))  # one row of features
+print(features.shape)"""
+
+
+def draw(folder: Path, records: Records, arm: str, last: Path) -> None:
+    """The figures in report/ that need no network."""
+    shown = [r for name in ("random", "proxy_short", arm) for r in last_round(records, name)]
+    figures.stages(folder / "report" / "stages.png", shown, ["random", "proxy_short", arm], split_of(records))
+    figures.curves(folder / "report" / "curves.png", folder / "metrics.jsonl")
+    sheet = last / "clusters.png"
+    if sheet.exists():
+        (folder / "report" / "clusters.png").write_bytes(sheet.read_bytes())
+
+
+def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) -> str:
+    """Write report.md; the text for the screen."""
+    arms = [name for name in ("random", "proxy_short", arm) if any(r["arm"] == name for r in records)]
+    found = tables(records, arms)
+    code = usage(folder / "hub", recipe.data.size)
+    pictures = [
+        ("stages", "Accuracy and residue by stage"),
+        (
+            "neighbours",
+            "Held-out images and their nearest training images, under the proxy's backbone and the result's",
+        ),
+        ("clusters", f"Clusters of the last round ({last.name})"),
+        ("curves", "Training"),
+    ]
+    parts = [f"# {folder.name}", gain(records, arm)]
+    parts += [as_markdown(lines) for _, lines in found]
+    for name, caption in pictures:
+        if (folder / "report" / f"{name}.png").exists():
+            parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")
+    parts.append(f"## Use it\n\n```python\n{code}\n```")
+    parts.append("Figures are in records.jsonl, the recipe in recipe.yaml.")
+    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+    screen = [as_text(lines) for _, lines in found]
+    return "\n\n".join(["", *screen, gain(records, arm), code, f"More, with figures: {folder / 'report.md'}"])

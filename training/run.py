@@ -1,0 +1,256 @@
+"""A run: proxy, then rounds of clusters and relearning, then what was gained. What exists already is not done again."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import backbone as B
+from . import clusters, export, figures, proxies, records, report
+from .evaluate import evaluate
+from .files import Refused, read_json, sha256_file, sha256_json, whole_folder, write_json
+from .launch import StopSignals, seed_all
+from .loop import train
+from .recipe import Recipe
+from .relearn import relearn
+from .setup import Run, prepare
+
+# What each phase reads of a recipe: a field that is not here can change without the phase being done again.
+COMMON = ("model", "seed", "precision", "data.size", "data.val_fraction", "data.split_seed")
+READS = {
+    "proxy": (*COMMON, "proxy"),
+    "clusters": (*COMMON, "clusters", "proxy.name"),
+    "relearn": (*COMMON, "relearn"),
+    "evaluate": ("evaluate", "proxy.name"),
+}
+IGNORED = ("relearn.rounds",)
+
+
+def run(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Path:
+    """Do everything of a recipe that is not done yet.
+
+    Args:
+        recipe: what to do.
+        stop: requests to end.
+        arm: what the result is called in records.
+
+    Returns:
+        The run folder.
+    """
+    this = prepare(recipe, stop, arm)
+    measure(this, "random", this.untrained, [])
+    folders = [phase_proxy(this)]
+    measure(this, "proxy_short", lambda: B.load(folders[0]), folders)
+    for number in range(1, this.recipe.relearn.rounds + 1):
+        phase_clusters(this, folders[-1], number)
+        folders.append(phase_relearn(this, folders[-1], number))
+        measure(this, arm, lambda: B.load(folders[-1]), folders)
+    finish(this, folders)
+    this.accelerator.end_training()
+    return this.folder
+
+
+# What is done once
+
+
+def fields(recipe: Recipe, phase: str) -> dict[str, Any]:
+    """The fields, by dotted name, that a phase reads."""
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and not name.endswith((".args", ".options")):
+            for key, item in value.items():
+                yield from walk(item, f"{name}.{key}" if name else key)
+        else:
+            yield name, list(value) if isinstance(value, tuple) else value
+
+    def read(name: str) -> bool:
+        return name not in IGNORED and any(name == part or name.startswith(f"{part}.") for part in READS[phase])
+
+    return {name: value for name, value in walk(dataclasses.asdict(recipe), "") if read(name)}
+
+
+def reads(this: Run, phase: str, **inputs: Path) -> dict[str, Any]:
+    """What the result of a phase depends on: fields of the recipe, the images, and files of phases before it."""
+    files = {name: sha256_file(path) for name, path in inputs.items()}
+    return {**fields(this.recipe, phase), "images": this.train.fingerprint, **files}
+
+
+def done(marker: Path, read: dict[str, Any]) -> bool:
+    """Whether a phase was finished before, from the same fields and inputs.
+
+    Raises:
+        Refused: it was finished from others.
+    """
+    if not marker.exists():
+        return False
+    before = read_json(marker)["read"]
+    for name, value in read.items():
+        if before.get(name) != value:
+            raise Refused(
+                f"{name}: {marker.parent} was made with {before.get(name)}, now it is {value}; choose another --run, "
+                "or remove that folder to do it again."
+            )
+    return True
+
+
+@contextmanager
+def phase(this: Run, marker: Path, read: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Do a phase: its marker, written last, says what it read, what it cost, and what the block tells."""
+    this.context.budget = {"images": 0.0, "flops": 0.0, "seconds": 0.0}
+    told: dict[str, Any] = {}
+    yield told
+    if this.main:
+        device = records.device_name(this.accelerator.device.type)
+        write_json(marker, {"read": read, "budget": this.context.budget, "device": device, **told})
+    this.accelerator.wait_for_everyone()
+
+
+def keep(this: Run, network: nn.Module, folder: Path) -> None:
+    """Write a phase's backbone into its folder, whole or not at all."""
+    if this.main:
+        with whole_folder(folder / ".backbone") as beside:
+            B.save(network, beside, this.train, tag=this.recipe.proxy.name)
+        for file in (folder / ".backbone").iterdir():
+            file.replace(folder / file.name)
+        (folder / ".backbone").rmdir()
+    this.accelerator.wait_for_everyone()
+
+
+# The phases
+
+
+def phase_proxy(this: Run) -> Path:
+    """Phase 1: proxy/, a backbone trained on the proxy task."""
+    folder, settings, key = this.folder / "proxy", this.recipe.proxy, this.key("proxy")
+    read = reads(this, "proxy")
+    if done(folder / "proxy.json", read):
+        return folder
+    with phase(this, folder / "proxy.json", read):
+        seed_all(key.number("weights"))
+        network = B.create(this.recipe.model, this.recipe.data.size)
+        if settings.epochs:
+            task = proxies.build(settings, network, this.train)
+            train(task, this.train, this.train.train, settings, key, this.context, sha256_json(read))
+            network = task.result()
+        elif not this.recipe.model.pretrained:
+            network = this.untrained()
+        keep(this, network, folder)
+    return folder
+
+
+def phase_clusters(this: Run, source: Path, number: int) -> Path:
+    """Phase 2: labels.parquet in round_N/, from the features of the backbone in `source`."""
+    folder, settings = this.folder / f"round_{number}", this.recipe.clusters
+    read = reads(this, "clusters", backbone=source / "model.safetensors")
+    if done(folder / "clusters.json", read):
+        return folder
+    with phase(this, folder / "clusters.json", read) as told:
+        began = time.perf_counter()
+        folder.mkdir(exist_ok=True)
+        if settings.source == "labels":
+            clusters.from_classes(this.train, this.context, folder)
+        else:
+            network = this.untrained() if settings.source == "random" else this.on_device(B.load(source))
+            told["clusterings"] = clusters.cluster(
+                network,
+                this.train,
+                settings,
+                this.proxy.nuisance,
+                this.key("clusters", number),
+                this.context,
+                this.recipe.evaluate.batch_size,
+                folder,
+            )
+        if this.main:
+            figures.contact_sheet(folder / "clusters.png", this.train, folder / "labels.parquet")
+        this.context.spend(0, 0, time.perf_counter() - began)
+    return folder
+
+
+def phase_relearn(this: Run, source: Path, number: int) -> Path:
+    """Phase 3: the backbone of round_N/, its high part learned from that round's pseudo-labels."""
+    folder = this.folder / f"round_{number}"
+    read = reads(this, "relearn", backbone=source / "model.safetensors", labels=folder / "labels.parquet")
+    if done(folder / "relearn.json", read):
+        return folder
+    with phase(this, folder / "relearn.json", read):
+        labels, classes = clusters.read_labels(folder / "labels.parquet")
+        network = relearn(
+            this.on_device(B.load(source)),
+            this.recipe.model,
+            this.recipe.relearn,
+            labels,
+            classes,
+            this.train,
+            this.key("relearn", number),
+            this.context,
+            sha256_json(read),
+        )
+        keep(this, network, folder)
+    return folder
+
+
+# What was gained
+
+
+def measure(this: Run, arm: str, network: Callable[[], nn.Module], folders: list[Path]) -> None:
+    """Evaluate a backbone that the phases in `folders` made, unless its records are there."""
+    path, number = this.folder / "records.jsonl", max(0, len(folders) - 1)
+    weights = sha256_file(folders[-1] / "model.safetensors") if folders else "untrained"
+    recipe_sha256 = sha256_json([weights, *(reads(this, phase) for phase in READS)])
+    known = [r for r in records.read(path) if r["arm"] == arm and r["round"] == number]
+    if known and all(r["recipe_sha256"] == recipe_sha256 for r in known):
+        return
+    this.context.say(f"measuring {arm}" + (f", round {number}" if number else ""))
+    found = evaluate(
+        this.on_device(network()), this.recipe.evaluate, this.train, this.test, this.proxy.residue, this.context
+    )
+    if this.main:
+        markers = [folder / f"{name}.json" for folder in folders for name in READS]
+        costs = [read_json(marker)["budget"] for marker in markers if marker.exists()]
+        shared = {
+            "arm": arm,
+            "model": this.recipe.model.name,
+            "recipe_sha256": recipe_sha256,
+            "seed": this.recipe.seed,
+            "phase": "relearn" if number else "proxy",
+            "round": number,
+        }
+        cost = {
+            "images_seen": round(sum(one["images"] for one in costs)),
+            "flops": sum(one["flops"] for one in costs),
+            "seconds": round(sum(one["seconds"] for one in costs), 1),
+            "device": records.device_name(this.accelerator.device.type),
+            "precision": this.recipe.precision,
+            "weights_sha256": weights,
+            "versions": records.versions(),
+        }
+        source = Path(this.recipe.data.path).name
+        prints = {"val": this.train.fingerprint, "test": this.test.fingerprint if this.test else ""}
+        rows = [{**shared, **row, "data": f"{source}@{prints[row['split']][:16]}", **cost} for row in found]
+        records.write(path, rows)
+    this.accelerator.wait_for_everyone()
+
+
+def finish(this: Run, folders: list[Path]) -> None:
+    """report.md with its figures, and hub/."""
+    sides = {"proxy": folders[0], "sslpp": folders[-1]}
+    shown = torch.cat([this.train.train[:2000], this.train.val[:200]])
+    found = {
+        name: B.extract(
+            this.on_device(B.load(folder)), this.train, shown, this.accelerator, this.recipe.evaluate.batch_size
+        )["pooled"]
+        for name, folder in sides.items()
+    }
+    if this.main:
+        rows = records.read(this.folder / "records.jsonl")
+        report.draw(this.folder, rows, this.arm, folders[-1])
+        figures.neighbours(this.folder / "report" / "neighbours.png", found, this.train, shown)
+        export.export(this.folder, folders[-1], this.train, rows, this.recipe)
+        this.context.say(report.write(this.folder, rows, this.recipe, this.arm, folders[-1]))
+    this.accelerator.wait_for_everyone()

@@ -1,0 +1,209 @@
+"""Before the first phase: processes, images, and everything that can be refused before anything runs."""
+
+import copy
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from . import backbone as B
+from . import clusters, images, proxies, records, relearn
+from .files import Refused, lock_folder, read_json, write_json, write_text
+from .images import Images
+from .launch import Key, StopSignals, resolve_precision, seed_all, start
+from .loop import Context, steps_of
+from .recipe import Recipe, Schedule, to_yaml
+from .task import BackboneTask
+
+
+@dataclass
+class Run:
+    """What the phases of a run share.
+
+    Attributes:
+        recipe: what to do, precision resolved.
+        arm: what the result is called in records.
+        folder: the run folder.
+        context: processes, log and budget.
+        train, test: the splits; test is None without one.
+        proxy: class of the proxy task.
+        lock: held on the main process while the run lasts.
+    """
+
+    recipe: Recipe
+    arm: str
+    folder: Path
+    context: Context
+    train: Images
+    test: Images | None
+    proxy: type[BackboneTask]
+    lock: IO[str] | None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.context.accelerator
+
+    @property
+    def main(self) -> bool:
+        return self.context.main
+
+    def key(self, phase: str, round_number: int = 0) -> Key:
+        """What the randomness of a phase is a function of."""
+        return Key(self.recipe.seed, phase, round_number)
+
+    def on_device(self, network: nn.Module) -> nn.Module:
+        return network.to(self.accelerator.device, memory_format=torch.channels_last)
+
+    def untrained(self) -> nn.Module:
+        """The network that phase 1 starts from if it starts from random weights, its batch norms' statistics set."""
+        seed_all(self.key("proxy").number("weights"))
+        network = self.on_device(B.create(self.recipe.model, self.recipe.data.size, pretrained=False))
+        B.estimate_norm(network, self.train, self.accelerator.device, self.recipe.evaluate.batch_size)
+        return network
+
+
+def prepare(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Run:
+    """Start the processes, take the run folder, read the images, and refuse what cannot work.
+
+    Raises:
+        Refused: naming the field.
+    """
+    folder, recipe = Path(recipe.run), copy.deepcopy(recipe)
+    recipe.precision = _precision(recipe.precision, folder)
+    proxy = proxies.find(recipe.proxy)
+    proxies.options(recipe.proxy)
+    network = B.create(recipe.model, recipe.data.size, pretrained=False)
+    relearn.split(network, recipe.relearn, recipe.data.size)
+    B.resolve_stage(network, recipe.clusters.stage, "clusters.stage")
+    accelerator = start(recipe.precision, recipe.log.tracker, str(folder))
+    context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
+    lock = lock_folder(folder) if context.main else None
+    train, test = _load_images(recipe, network, context)
+    run = Run(recipe, arm, folder, context, train, test, proxy, lock)
+    _refuse(run)
+    if run.main:
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
+    accelerator.init_trackers("sslpp", {})
+    _announce(run, network)
+    return run
+
+
+def _precision(asked: str, folder: Path) -> str:
+    """`auto` as the run folder has it, so that a run goes on as it began, else as the device likes it."""
+    before = folder / "recipe.yaml"
+    if asked == "auto" and before.exists():
+        lines = before.read_text(encoding="utf-8").splitlines()
+        asked = next((line.split(": ")[1] for line in lines if line.startswith("precision: ")), asked)
+    return resolve_precision(asked)
+
+
+def _load_images(recipe: Recipe, network: nn.Module, context: Context) -> tuple[Images, Images | None]:
+    data, shared = recipe.data, context.accelerator.num_processes > 1
+
+    def load() -> tuple[Images, Images | None]:
+        train = images.load(data, data.split, context.folder, in_file=shared)
+        if recipe.model.pretrained:
+            source = network.pretrained_cfg
+            train = dataclasses.replace(train, mean=tuple(source["mean"]), std=tuple(source["std"]))
+        split = images.find_test_split(data)
+        return train, images.load(data, split, context.folder, like=train, in_file=shared) if split else None
+
+    found = None
+    if context.main:
+        found = load()
+        _remember(recipe, context.folder, *found)
+    context.accelerator.wait_for_everyone()
+    return found or load()
+
+
+def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) -> None:
+    """Write data.json; refuse a run folder of other data, so that labels never slip by one."""
+    path, data = folder / "data.json", recipe.data
+    told = {
+        "path": data.path,
+        "split": data.split,
+        "images": len(train),
+        "fingerprint": train.fingerprint,
+        "bad": int((~train.usable).sum()),
+        "training": len(train.train),
+        "held_out": len(train.val),
+        "test": None if test is None else {"images": len(test), "fingerprint": test.fingerprint},
+        "size": data.size,
+        "crop_pct": train.crop_pct,
+        "mean": list(train.mean),
+        "std": list(train.std),
+        "label_names": train.label_names,
+    }
+    if path.exists():
+        before = read_json(path)
+        for name in ("images", "fingerprint", "size", "training", "held_out"):
+            if before[name] != told[name]:
+                raise Refused(
+                    f"{folder} holds a run over other images (data.json has {name} = {before[name]}, now it is "
+                    f"{told[name]}); choose another --run."
+                )
+    write_json(path, told)
+
+
+def _refuse(run: Run) -> None:
+    """Refuse what the number of images or of processes makes impossible.
+
+    Raises:
+        Refused: naming the field.
+    """
+    processes = run.accelerator.num_processes
+    clusters.check(run.recipe.clusters, run.train)
+    for name in ("proxy", "relearn"):
+        schedule: Schedule = getattr(run.recipe, name)
+        if schedule.batch_size % (processes * schedule.accumulate):
+            raise Refused(
+                f"{name}.batch_size: {schedule.batch_size} images cannot be shared evenly by {processes} processes of "
+                f"{schedule.accumulate} micro-batches each."
+            )
+        if schedule.epochs:
+            steps_of(schedule, len(run.train.train), name)
+
+
+def _announce(run: Run, network: nn.Module) -> None:
+    """One line: what runs where, for about how long, on how much disk."""
+    recipe, processes = run.recipe, run.accelerator.num_processes
+    schedules = [recipe.proxy, *[recipe.relearn] * recipe.relearn.rounds]
+    views = sum(steps_of(s, len(run.train.train), "")[1] * s.batch_size for s in schedules if s.epochs)
+    seconds = views * _seconds_of_a_view(run, run.on_device(network).train()) / processes
+    weights = sum(p.nbytes for p in network.parameters())
+    # proxy, rounds and hub hold the weights once; two checkpoints hold weights and momentum, perhaps an average.
+    disk = weights * (2 + recipe.relearn.rounds + 2 * 3) + (run.train.pixels.nbytes if processes > 1 else 0)
+    run.context.say(
+        f"{records.device_name(run.accelerator.device.type)}; {recipe.precision}; processes {processes}; "
+        f"threads {torch.get_num_threads()}; batch {recipe.proxy.batch_size}; images {len(run.train.train)} "
+        f"(+ {len(run.train.val)} held out, {int((~run.train.usable).sum())} bad); training takes about "
+        f"{duration(seconds)} and {max(1, round(disk / 1e6))} MB in {run.folder}"
+    )
+
+
+def _seconds_of_a_view(run: Run, network: nn.Module, rows: int = 64) -> float:
+    """Seconds of a view's forward and backward pass, the faster of two after a first."""
+    batch = B.plain_batch(run.train, run.train.train[:rows], run.accelerator.device)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with run.accelerator.autocast():
+            loss = network(batch).float().square().mean()
+        loss.backward()
+        loss.item()
+        times.append(time.perf_counter() - began)
+    return min(times[1:]) / len(batch)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
