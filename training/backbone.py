@@ -1,5 +1,6 @@
 """What we need of any timm model: stages, features, low and high, a fresh high part, saving. No layer by name."""
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterable
@@ -23,12 +24,12 @@ from .recipe import Model
 Stage = int | str  # an index into feature_info, or "pooled"
 
 
-def create(model: Model, size: int, pretrained: bool | None = None) -> nn.Module:
+def create(model: Model, size: int | None, pretrained: bool | None = None) -> nn.Module:
     """Build the recipe's backbone without a head, for square images of `size` px.
 
     Args:
         model: the recipe's network.
-        size: working size, px; passed on as img_size to networks that are built for one size.
+        size: working size, px, passed on as img_size to networks that are built for one size; None: the network's own.
         pretrained: load weights; the recipe's choice if None.
 
     Raises:
@@ -39,6 +40,7 @@ def create(model: Model, size: int, pretrained: bool | None = None) -> nn.Module
     try:
         network = timm.create_model(model.name, pretrained=pretrained, **args)
         wants = get_model_input_config(network)
+        size = size or wants["input_size"][-1]
         if wants["fixed_input_size"] and wants["input_size"][-1] != size and "img_size" not in args:
             network = timm.create_model(model.name, pretrained=pretrained, img_size=size, **args)
     except Exception as error:  # timm and the Hub's client raise nearly every type for what a user mistyped
@@ -60,6 +62,18 @@ def _why_not(model: Model, error: Exception) -> str:
         return f"model.name: timm has no model {model.name!r}" + (f"; did you mean {', '.join(near)}?" if near else ".")
     field = "model.args" if isinstance(error, TypeError) else "model.name"
     return f"{field}: timm cannot build {model.name} with {model.args}: {text[:300]}"
+
+
+def as_seen_by(network: nn.Module, images: Images) -> Images:
+    """The images with the size, statistics and crop that a pretrained network expects."""
+    source = network.pretrained_cfg
+    return dataclasses.replace(
+        images,
+        size=source["input_size"][-1],
+        mean=tuple(source["mean"]),
+        std=tuple(source["std"]),
+        crop_pct=source["crop_pct"],
+    )
 
 
 def stage_list(network: nn.Module) -> list[int]:

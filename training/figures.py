@@ -67,7 +67,7 @@ def contact_sheet(path: Path, images: Images, labels: Path, rows: int = 12, colu
         axis.imshow(strip)
         axis.set_axis_off()
         axis.text(-8, TILE / 2, _describe(images, number, members), ha="right", va="center", fontsize=8)
-    figure.suptitle(f"{len(chosen)} of {k} clusters, nearest images first", fontsize=10)
+    axes[0, 0].set_title(f"{len(chosen)} of {k} clusters, nearest images first", fontsize=10)
     _save(figure, path)
 
 

@@ -111,16 +111,16 @@ def load(data: Data, split: str, folder: Path, like: Images | None = None, in_fi
     if len(bad) > data.max_bad_fraction * len(rows):
         raise Failed(
             f"{len(bad)} of {len(rows)} images could not be decoded, more than data.max_bad_fraction "
-            f"{data.max_bad_fraction:g} allows; {folder / 'bad_images.txt'} lists them, the first is {bad[0]}."
+            f"{data.max_bad_fraction:g} allows; {folder / 'bad_images.txt'} lists them, the first is "
+            f"{' '.join(bad[0].split())}."
         )
     sides = torch.from_numpy(moments[:, 0].astype(np.int64))
     held_out = torch.zeros(len(rows), dtype=torch.bool)
     if like is None:
         drawn = np.random.default_rng(data.split_seed + 1).permutation(len(rows))
-        held_out[drawn[: max(1, round(data.val_fraction * len(rows)))].copy()] = True
+        held_out[drawn[: round(data.val_fraction * len(rows))].copy()] = True
         train = ((sides > 0) & ~held_out).numpy()
-        if not train.any() or not (sides > 0)[held_out].any():
-            raise Refused(f"data.path: {len(rows) - len(bad)} usable images are too few to hold some out; at least 2.")
+        train = train if train.any() else (sides > 0).numpy()
         mean = moments[train, 1:4].mean(0)
         std = np.sqrt(np.maximum(moments[train, 4:7].mean(0) - mean**2, 1 / 255**2))
         crop_pct = min(1.0, data.size / int(sides.max()))

@@ -87,6 +87,14 @@ def steps_of(schedule: Schedule, images: int, field_name: str) -> tuple[int, int
     return epoch, total
 
 
+def make_optimizer(task: Task, schedule: Schedule) -> torch.optim.Optimizer:
+    """The schedule's optimiser, by timm, over the task's trainable parameters."""
+    # timm's "sgd" is Nesterov's, which needs a momentum; without one both are plain SGD.
+    name = "momentum" if schedule.optimizer == "sgd" and not schedule.momentum else schedule.optimizer
+    groups = task.parameter_groups(schedule.weight_decay)
+    return create_optimizer_v2(groups, name, lr=schedule.lr, momentum=schedule.momentum)
+
+
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     """Linear warm-up, then a cosine to 0 (Loshchilov & Hutter 2017), for the step that comes after `step` steps."""
     if step < warmup:
@@ -205,8 +213,7 @@ def train(
     # 1. model, optimiser, and where they stood
     task.to(accelerator.device, memory_format=torch.channels_last).train()
     flops = count_flops(task, draw_batch(images, indices, schedule, key, first, 0, accelerator, rows=2))
-    groups = task.parameter_groups(schedule.weight_decay)
-    optimizer = create_optimizer_v2(groups, schedule.optimizer, lr=schedule.lr, momentum=schedule.momentum)
+    optimizer = make_optimizer(task, schedule)
     step = first
     if saved:
         step = saved.step

@@ -122,13 +122,13 @@ class Schedule:
     accumulate: PositiveInt = 1
     """Micro-batches that a process splits its share of a step into."""
     optimizer: str = "sgd"
-    """Optimiser, a name of timm.optim (sgd has Nesterov momentum)."""
+    """Optimiser, a name of timm.optim.list_optimizers() (sgd has Nesterov momentum)."""
     lr: PositiveFloat = 0.1
     """Highest learning rate, reached after warm-up; a cosine leads to 0."""
     warmup: NonNegativeFloat = 1.0
     """Linear warm-up, epochs; never more than a tenth of the phase."""
     momentum: ClosedUnitInterval = 0.9
-    """Momentum; for Adam-like optimisers beta 1."""
+    """Momentum of the optimisers that take one, as sgd; Adam and its like keep their betas."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of weights; biases and norms have none."""
     clip_grad: NonNegativeFloat = 0.0
@@ -136,7 +136,7 @@ class Schedule:
     mlp_layers: NonNegativeInt = 0
     """Layers of a disposable MLP between the backbone and the head."""
     mlp_dim: PositiveInt = 2048
-    """Its width."""
+    """Width of the disposable MLP."""
     ema: ClosedUnitInterval = 0.0
     """Decay per step of averaged weights that become the result; 0 averages nothing."""
     views: Views = field(default_factory=Views)
@@ -257,7 +257,8 @@ class Parser(ArgumentParser):
 
 def parser(prog: str = "python -m training", description: str | None = None) -> Parser:
     """The command line of everything that takes a recipe: ``--config FILE`` and an option for each field."""
-    result = Parser(prog=prog, description=description, allow_abbrev=False)
+    usage = "%(prog)s [--config RECIPE] [--FIELD VALUE ...]"
+    result = Parser(prog=prog, description=description, usage=usage, allow_abbrev=False)
     result.add_argument("--config", action="config", help="Recipe, a YAML file; later options override it.")
     result.add_class_arguments(Recipe, as_group=False)
     return result

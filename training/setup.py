@@ -9,6 +9,7 @@ from typing import IO
 
 import torch
 from accelerate import Accelerator
+from timm.optim import list_optimizers
 from torch import nn
 
 from . import backbone as B
@@ -157,9 +158,16 @@ def _refuse(run: Run) -> None:
         Refused: naming the field.
     """
     processes = run.accelerator.num_processes
+    if not len(run.train.train) or not len(run.train.val):
+        raise Refused(
+            f"data.val_fraction: {run.recipe.data.val_fraction:g} of {len(run.train.all)} usable images leaves "
+            f"{len(run.train.train)} to train on and {len(run.train.val)} held out; at least one of each is needed."
+        )
     clusters.check(run.recipe.clusters, run.train)
     for name in ("proxy", "relearn"):
         schedule: Schedule = getattr(run.recipe, name)
+        if schedule.optimizer not in list_optimizers():
+            raise Refused(f"{name}.optimizer: timm has no optimiser {schedule.optimizer!r}.")
         if schedule.batch_size % (processes * schedule.accumulate):
             raise Refused(
                 f"{name}.batch_size: {schedule.batch_size} images cannot be shared evenly by {processes} processes of "

@@ -1,0 +1,110 @@
+"""Tiny images, networks and runs that the tests share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import launch
+from training.images import Images
+from training.loop import Context
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_images(count=40, side=20, size=16, classes=4, labelled=True, seed=0):
+    """Images whose class is a colour and a direction of stripes, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    place = torch.arange(side)
+    stripes = torch.stack([(place.view(-1, 1) // 3 % 2).expand(side, side), (place // 3 % 2).expand(side, side)])
+    base = stripes[labels % 2].unsqueeze(1) * torch.tensor([1.0, 0.6, 0.3])[(labels // 2 % 3)].view(-1, 1, 1, 1)
+    noise = torch.rand(count, 3, side, side, generator=generator)
+    pixels = (255 * (0.7 * base + 0.3 * noise)).to(torch.uint8)
+    held_out = torch.zeros(count, dtype=torch.bool)
+    held_out[:: max(2, count // 8)] = True
+    return Images(
+        pixels=pixels,
+        sides=torch.full((count,), side),
+        labels=labels if labelled else None,
+        label_names=[f"class {i}" for i in range(classes)] if labelled else None,
+        paths=[f"{i}.png" for i in range(count)],
+        held_out=held_out,
+        fingerprint="0" * 64,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.3, 0.3, 0.2),
+        crop_pct=size / side,
+        size=size,
+    )
+
+
+@pytest.fixture
+def tiny():
+    return make_images()
+
+
+@pytest.fixture
+def context(tmp_path):
+    return Context(launch.start("fp32", None, str(tmp_path)), tmp_path, launch.StopSignals(), 1, 1000)
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory):
+    """A folder of class folders: 24 training and 8 test pictures of 20 px."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for split, count, seed in (("train", 48, 0), ("test", 16, 1)):
+        images = make_images(count, seed=seed)
+        for i in range(count):
+            path = folder / split / images.label_names[images.labels[i]] / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy()).save(path)
+    return folder
+
+
+TINY_RUN = [
+    "--model.name", "test_resnet",
+    "--data.size", "16",
+    "--data.val_fraction", "0.2",
+    "--proxy.epochs", "2",
+    "--proxy.batch_size", "8",
+    "--proxy.lr", "0.02",
+    "--clusters.k", "[3,5]",
+    "--clusters.whiten", "8",
+    "--relearn.epochs", "2",
+    "--relearn.batch_size", "8",
+    "--relearn.lr", "0.02",
+    "--relearn.mlp_dim", "16",
+    "--relearn.settle", "0.5",
+    "--evaluate.linear_c", "[0.1]",
+    "--evaluate.knn_k", "[3]",
+    "--log.every", "1",
+]  # fmt: skip
+
+
+def command(module, *arguments, launcher=(), cwd=ROOT, env=None, **kwargs):
+    """Run ``python -m module`` as a user would; its stdout, stderr and exit status."""
+    start = [sys.executable, "-m", *launcher] if launcher else [sys.executable]
+    return subprocess.run(
+        [*start, "-m", module, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
+
+
+def write_png(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path)

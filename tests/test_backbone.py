@@ -1,0 +1,161 @@
+"""Backbones of many families: stages, features, low and high, a fresh high part, folders that timm loads."""
+
+import itertools
+
+import pytest
+import timm
+import torch
+
+from tests.conftest import make_images
+from training import backbone as B
+from training.files import Refused
+from training.recipe import Model
+
+FAMILIES = {
+    "test_resnet": {},
+    "test_vit": {},
+    "test_convnext": {},
+    "test_efficientnet": {},
+    "vgg11_bn": {},
+    "repvgg_a0": {},
+    "regnetx_002": {},
+    "resnet18": {"channels": [8, 16, 24, 32], "output_stride": 8},
+}
+
+
+def build(name, size=32, **args):
+    torch.manual_seed(0)
+    return B.create(Model(name, {**FAMILIES.get(name, {}), **args}), size)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pooled_features_are_the_models_own_and_a_stages_are_means_of_its_map(name):
+    network, batch = build(name).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = B.features(network, batch, B.stage_list(network))
+        assert torch.equal(found["pooled"], network(batch))
+        maps = network.forward_intermediates(batch, norm=False, intermediates_only=True)
+    for stage in B.stage_list(network):
+        assert torch.allclose(found[stage], maps[stage].mean((2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_low_part_is_what_changes_a_stages_features(name):
+    network, batch = build(name).eval(), torch.randn(2, 3, 32, 32)
+    stages = B.stage_list(network)
+    parts = [B.low_names(network, stage, 32) for stage in stages]
+    assert all(one <= other for one, other in itertools.pairwise(parts))
+    stage = stages[len(stages) // 2]
+    low = parts[stage]
+    names = {n for n, _ in (*network.named_parameters(), *network.named_buffers())}
+    assert low < names
+    before = B.features(network, batch, [stage])[stage].detach()
+    torch.manual_seed(1)
+    B.reinit(network, names - low, B.create(Model(name, FAMILIES[name]), 32))
+    assert torch.equal(B.features(network, batch, [stage])[stage], before)
+    for name_of, parameter in network.named_parameters():
+        if name_of in low and parameter.ndim > 1:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    assert not torch.allclose(B.features(network, batch, [stage])[stage], before, atol=1e-4)
+
+
+def test_asking_for_the_low_part_changes_nothing():
+    network = build("test_resnet").train()
+    next(network.parameters()).requires_grad_(False)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    B.low_names(network, 1, 32)
+    assert network.training
+    assert not next(network.parameters()).requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_batch_norm_buffers_go_with_their_module():
+    network = build("resnet18")
+    low = B.low_names(network, 2, 32)
+    assert {"bn1.running_mean", "layer2.1.bn2.running_var"} <= low
+    assert "layer3.0.bn1.running_mean" not in low
+
+
+def test_reinit_takes_the_constructors_initialisation():
+    network, fresh = build("resnet18"), None
+    for parameter in network.parameters():
+        parameter.data.fill_(7.0)
+    torch.manual_seed(3)
+    fresh = B.create(Model("resnet18", FAMILIES["resnet18"]), 32)
+    low = B.low_names(network, 2, 32)
+    B.reinit(network, {n for n, _ in network.named_parameters()} - low, fresh)
+    state, new = network.state_dict(), fresh.state_dict()
+    assert torch.equal(state["layer4.1.conv2.weight"], new["layer4.1.conv2.weight"])
+    assert (state["layer1.0.conv1.weight"] == 7).all()
+
+
+@pytest.mark.parametrize(("low_norm", "moves"), [("train", True), ("eval", False)])
+def test_a_frozen_low_part_normalises_as_asked(low_norm, moves):
+    network = build("resnet18").train()
+    low = B.low_names(network, 2, 32)
+    B.set_frozen_mode(network, low, low_norm)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    network(torch.randn(4, 3, 32, 32) + 1)
+    after = network.state_dict()
+    assert torch.equal(after["layer1.0.bn1.running_mean"], before["layer1.0.bn1.running_mean"]) != moves
+    assert not torch.equal(after["layer4.0.bn1.running_mean"], before["layer4.0.bn1.running_mean"])
+
+
+def test_estimated_statistics_are_the_data_s(tiny):
+    network = build("resnet18", 16)
+    B.estimate_norm(network, tiny, torch.device("cpu"), batch_size=64)
+    batch = B.plain_batch(tiny, tiny.train, torch.device("cpu"))
+    with torch.no_grad():
+        first = network.conv1(batch)
+    assert torch.allclose(network.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-4)
+    assert network.bn1.momentum == 0.1
+
+
+def test_features_are_extracted_in_order_whatever_the_batch(tiny, context):
+    network = build("test_resnet", 16).eval()
+    one = B.extract(network, tiny, tiny.all, context.accelerator, 64, [1])
+    other = B.extract(network, tiny, tiny.all, context.accelerator, 7, [1])
+    assert one["pooled"].shape[0] == len(tiny)
+    for key in one:
+        assert torch.allclose(one[key], other[key], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "resnet18"])
+def test_a_saved_folder_is_the_same_model_to_timm(name, tmp_path):
+    images, network = make_images(size=32), build(name).eval()
+    B.save(network, tmp_path, images, tag="x")
+    batch = torch.randn(2, 3, 32, 32)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(batch), network(batch))
+        assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7).eval()(batch).shape == (2, 7)
+        assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)(batch[:, :1]).shape[0] == 2
+        maps = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()(batch)
+    last = B.stage_list(network)[-1]
+    assert torch.allclose(maps[-1].mean((2, 3)), B.features(network, batch, [last])[last], atol=1e-4)
+    config = timm.data.resolve_model_data_config(loaded)
+    assert tuple(config["mean"]) == images.mean
+    assert tuple(config["std"]) == images.std
+    assert config["crop_pct"] == images.crop_pct
+    assert config["interpolation"] == "bilinear"
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (Model("resnet81"), "model.name"),
+        (Model("resnet18", {"chanels": 3}), "model.args"),
+        (Model("local-dir:/nowhere", pretrained=True), "model.name"),
+        (Model("nosource:x"), "model.name"),
+    ],
+)
+def test_what_timm_cannot_build_is_refused(model, named):
+    with pytest.raises(Refused, match=named):
+        B.create(model, 32)
+
+
+def test_a_stage_that_is_not_there_is_refused():
+    network = build("test_resnet")
+    assert B.resolve_stage(network, -1, "x") == 4
+    with pytest.raises(Refused, match=r"relearn\.split: 5"):
+        B.resolve_stage(network, 5, "relearn.split")

@@ -1,0 +1,229 @@
+"""The loop: schedule, order and randomness are functions of the step; resume, faults, accumulation."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import make_images
+from training import loop
+from training.checkpoints import Checkpoints
+from training.files import Failed, Refused, read_lines
+from training.launch import Interrupted, Key
+from training.recipe import Schedule, Views
+from training.task import BackboneTask, Task
+
+KEY = Key(0, "proxy")
+CALM = Views(crop_scale=(0.5, 1.0), jitter=0.0, grey=0.0)
+
+
+class Mean(Task):
+    """Predicts each image's mean, plainly: no batch norm, so that batches may be split."""
+
+    def __init__(self, spoil_at=None):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.register_buffer("steps", torch.zeros(1))
+        self.spoil_at, self.seen, self.after = spoil_at, [], None
+
+    def forward(self, batch):
+        self.seen.append(batch.indices)
+        means = batch.pixels.float().mean((2, 3)) / 255
+        noise = batch.draws.uniform(1).float().to(means.device) * 0.1
+        loss = (self.linear(means) - means.mean(1, keepdim=True) - noise).square().mean()
+        if self.spoil_at is not None and self.steps == self.spoil_at:
+            loss = loss * float("nan")
+        return {"loss": loss, "noise": noise.mean()}
+
+    def after_step(self, step, total):
+        self.steps += 1
+        if self.after:
+            self.after(step)
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    return Mean(**kwargs)
+
+
+def run(task, context, images=None, first=0, last=None, fingerprint="x", **schedule):
+    images = images or make_images()
+    settings = Schedule(**{"epochs": 3, "batch_size": 8, "lr": 0.1, **schedule})
+    loop.train(task, images, images.train, settings, KEY, context, fingerprint, first, last)
+    return task
+
+
+def elsewhere(folder):
+    (folder / "other").mkdir()
+    return folder / "other"
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing():
+    rates = [loop.learning_rate(step, 100, 10, 0.5) for step in range(101)]
+    assert rates[0] == pytest.approx(0.05)
+    assert rates[9] == rates[10] == 0.5
+    assert rates[55] == pytest.approx(0.25)
+    assert rates[100] == pytest.approx(0)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+def test_every_epoch_draws_every_image_once_in_an_order_of_its_own(context):
+    images = make_images(37)
+    task = run(make(), context, images, epochs=2, batch_size=8)
+    seen = torch.cat(task.seen)
+    epoch = len(images.train) // 8 * 8
+    first, second = seen[:epoch], seen[epoch:]
+    assert len(second) == epoch
+    for part in (first, second):
+        assert len(set(part.tolist())) == epoch
+        assert set(part.tolist()) <= set(images.train.tolist())
+    assert not torch.equal(first, second)
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(context, tmp_path):
+    whole = run(make(), context)
+    context.folder = elsewhere(tmp_path)
+    parts = run(make(), context, accumulate=4)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(context, tmp_path):
+    whole = run(make(), context, optimizer="adamw", lr=0.01)
+    lines = read_lines(context.folder / "metrics.jsonl")
+    context.folder = elsewhere(tmp_path)
+    task = make()
+    task.after = lambda step: setattr(context.stop, "number", 15) if step == 7 else None
+    with pytest.raises(Interrupted):
+        run(task, context, optimizer="adamw", lr=0.01)
+    context.stop.number = None
+    assert [path.name for path in context.checkpoints._found()] == ["proxy_0_00000007"]
+    resumed = run(make(), context, optimizer="adamw", lr=0.01)
+    assert same(whole, resumed)
+    again = read_lines(context.folder / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in lines]
+
+
+def test_metrics_past_the_checkpoint_are_cut_back(context):
+    context.checkpoint_every = 5
+    task = make(spoil_at=8)
+    with pytest.raises(Failed):
+        run(task, context)
+    assert [row["step"] for row in read_lines(context.folder / "metrics.jsonl")] == list(range(1, 9))
+    run(make(), context)
+    assert [row["step"] for row in read_lines(context.folder / "metrics.jsonl")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(context, every):
+    context.checkpoint_every, context.log_every = 5, every
+    with pytest.raises(Failed, match="loss is not finite at step 9; the checkpoint of step 5 is kept"):
+        run(make(spoil_at=8), context)
+    saved = context.checkpoints.load("proxy_0", "x")
+    assert saved.step == 5
+    assert all(value.isfinite().all() for value in saved.tensors.values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(context):
+    task = make()
+    task.after = lambda step: task.linear.weight.data.fill_(float("inf")) if step == 3 else None
+    with pytest.raises(Failed, match="not finite"):
+        run(task, context, epochs=0.75)
+    assert context.checkpoints.load("proxy_0", "x") is None
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(context):
+    context.checkpoint_every = 3
+    run(make(), context)
+    found = context.checkpoints._found()
+    assert [path.name for path in found] == ["proxy_0_00000009", "proxy_0_00000012"]
+    state = found[1] / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    said = []
+    assert context.checkpoints.load("proxy_0", "x", said.append).step == 9
+    assert "damaged" in said[0]
+    (found[0] / "state.json").write_text("{")
+    assert context.checkpoints.load("proxy_0", "x", said.append) is None
+
+
+def test_a_checkpoint_of_another_phase_or_recipe_is_not_taken_up(context):
+    run(make(), context)
+    checkpoints = Checkpoints(context.folder / "checkpoints")
+    assert checkpoints.load("proxy_0", "x").step == 12
+    assert checkpoints.load("proxy_0", "y") is None
+    assert checkpoints.load("relearn_1", "x") is None
+
+
+def test_a_part_of_the_schedule_that_is_over_is_not_done_again(context):
+    task = run(make(), context, last=6)
+    run(task, context, first=6)
+    spent = dict(context.budget)
+    fresh = make()
+    context.budget = {"images": 0.0, "flops": 0.0, "seconds": 0.0}
+    run(fresh, context, last=6)
+    assert fresh.steps == 0
+    run(fresh, context, first=6)
+    assert same(task, fresh)
+    assert context.budget == spent
+    assert context.budget["images"] == 12 * 8
+
+
+def test_a_batch_larger_than_the_images_is_refused(context):
+    with pytest.raises(Refused, match="batch_size: 64 is more than the 32 training images"):
+        run(make(), context, batch_size=64)
+
+
+def test_gradients_are_clipped(context, tmp_path):
+    free = run(make(), context, epochs=0.25, momentum=0.0, weight_decay=0.0)
+    context.folder = elsewhere(tmp_path)
+    held = run(make(), context, epochs=0.25, momentum=0.0, weight_decay=0.0, clip_grad=1e-3)
+    start = make()
+
+    def moved(task):
+        return sum((a - b).square().sum() for a, b in zip(task.parameters(), start.parameters(), strict=True)).sqrt()
+
+    assert moved(free) > 1e-3
+    assert moved(held) <= 1.01e-4
+
+
+def test_the_average_starts_where_it_is_told_to_and_is_the_result():
+    images = make_images()
+    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    task = BackboneTask(backbone, Schedule(ema=0.9, views=CALM), images, average_from=3)
+    expected = None
+    for step in range(1, 7):
+        with torch.no_grad():
+            backbone[2].weight += torch.randn(2, 3)
+        task.after_step(step, 6)
+        weight = backbone[2].weight.detach().clone()
+        expected = weight if step <= 4 else 0.9 * expected + 0.1 * weight
+    assert torch.allclose(task.result()[2].weight, expected, atol=1e-6)
+    assert not any(
+        name.startswith("average") for name, p in task.named_parameters() if p.requires_grad and "module" not in name
+    )
+
+
+def test_operations_are_counted_without_touching_the_task(context):
+    images, task = make_images(), make()
+    before = copy.deepcopy(task.state_dict())
+    batch = loop.draw_batch(images, images.train, Schedule(batch_size=8), KEY, 0, 0, context.accelerator, rows=2)
+    # forward: 3 x 1 products; backward: those of the weight's gradient; a multiply-add counts two
+    assert loop.count_flops(task, batch) == 2 * 3 + 2 * 3
+    assert all(torch.equal(before[k], v) for k, v in task.state_dict().items())
+    assert all(p.grad is None for p in task.parameters())
+
+
+def test_draws_and_order_are_functions_of_seed_phase_round_and_step():
+    keys = [Key(0, "proxy"), Key(1, "proxy"), Key(0, "relearn"), Key(0, "proxy", 1)]
+    assert len({key.number("views", 3) for key in keys} | {Key(0, "proxy").number("views", 4)}) == 5
+    assert Key(0, "proxy").number("views", 3) == keys[0].number("views", 3)
+    orders = [loop.epoch_order(key, epoch, 50).tolist() for key in keys[:2] for epoch in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4

@@ -1,0 +1,75 @@
+"""Proxy tasks against a plain loop, and their options."""
+
+import pytest
+import torch
+
+from tests.conftest import make_images
+from training import backbone as B
+from training import loop, proxies, views
+from training.files import Refused
+from training.launch import Key
+from training.recipe import Model, Proxy, Schedule
+
+
+def build(images, name="test_resnet", **settings):
+    torch.manual_seed(0)
+    return proxies.build(Proxy(**{"batch_size": 8, **settings}), B.create(Model(name), images.size), images)
+
+
+def test_rotation_is_the_cross_entropy_over_four_turns(tiny, context):
+    task = build(tiny).double().eval()
+    batch = loop.draw_batch(tiny, tiny.train, Schedule(batch_size=8), Key(0, "proxy"), 0, 0, context.accelerator)
+    got = task(batch)
+    again = loop.draw_batch(tiny, tiny.train, Schedule(batch_size=8), Key(0, "proxy"), 0, 0, context.accelerator)
+    images = views.random_views(task.views, again.pixels, again.sides, again.draws, tiny.size)
+    quarters = again.draws.integers(4)
+    total, hits = 0.0, 0
+    for image, quarter in zip(images.double(), quarters.tolist(), strict=True):
+        turned = torch.rot90(image, quarter, (1, 2))
+        normal = (turned - task.mean.view(3, 1, 1)) / task.std.view(3, 1, 1)
+        logits = task.head(task.backbone(normal.unsqueeze(0)))[0]
+        total -= (logits[quarter] - logits.exp().sum().log()).item()
+        hits += int(logits.argmax()) == quarter
+    assert got["loss"].item() == pytest.approx(total / 8, rel=1e-5)
+    assert got["accuracy"].item() == pytest.approx(hits / 8)
+    assert not got["accuracy"].requires_grad
+
+
+def test_rotation_is_learned(context):
+    images = make_images(160)
+    # A bright corner tells which side is up.
+    images.pixels[:, :, :7, :7] = 255
+    task = build(images, epochs=6, batch_size=16, lr=0.05)
+    task.views.flip = 0.0
+    loop.train(task, images, images.train, Proxy(epochs=6, batch_size=16, lr=0.05), Key(0, "proxy"), context, "x")
+    from training.files import read_lines
+
+    rows = read_lines(context.folder / "metrics.jsonl")
+    assert sum(row["accuracy"] for row in rows[-8:]) / 8 > 0.6
+    assert sum(row["accuracy"] for row in rows[:4]) / 4 < 0.5
+
+
+@pytest.mark.parametrize("name", proxies.PROXIES)
+def test_the_first_nuisance_view_changes_nothing_and_all_differ(name):
+    batch = torch.rand(1, 3, 8, 8)
+    seen = [view(batch) for view in proxies.PROXIES[name].nuisance]
+    assert torch.equal(seen[0], batch)
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    turned = [view(batch) for view in proxies.PROXIES[name].residue]
+    assert all(not torch.equal(a, b) for i, a in enumerate(turned) for b in turned[:i])
+
+
+def test_an_mlp_and_an_average_come_with_the_schedule(tiny):
+    task = build(tiny, mlp_layers=2, mlp_dim=12, ema=0.9)
+    assert task.head.in_features == 12
+    assert not any(p.requires_grad for p in task.average.parameters())
+    with torch.no_grad():
+        next(task.backbone.parameters()).add_(1)
+    assert task.result() is task.average.module
+
+
+def test_unknown_tasks_and_options_are_refused():
+    with pytest.raises(Refused, match=r"proxy\.name: .*'jigsaw'.*rotation"):
+        proxies.find(Proxy(name="jigsaw"))
+    with pytest.raises(Refused, match=r"proxy\.options.*turns"):
+        proxies.options(Proxy(options={"turns": 8}))

@@ -1,0 +1,98 @@
+"""Recipes: what is refused, and that what is written reads back."""
+
+import dataclasses
+import re
+
+import pytest
+
+from training import recipe
+from training.files import Refused
+
+
+def parse(*arguments):
+    return recipe.parse(["--data.path", "digits", *arguments])
+
+
+def test_a_recipe_reads_back_as_it_was_written(tmp_path):
+    made = parse("--proxy.epochs", "2.5", "--model.args.output_stride", "8", "--clusters.k", "[7,9]", "--seed", "3")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(made))
+    assert recipe.parse(["--config", str(path)]) == made
+    assert made.model.args == {"output_stride": 8}
+    assert made.clusters.k == [7, 9]
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    path = tmp_path / "mine" / "recipe.yaml"
+    path.parent.mkdir()
+    path.write_text("proxy: {epochs: 5, lr: 0.2}\ndata: {path: digits}\n")
+    made = recipe.parse(["--config", str(path), "--proxy.epochs", "7"])
+    assert (made.proxy.epochs, made.proxy.lr, made.run) == (7, 0.2, "runs/mine")
+
+
+def test_a_run_is_a_name_under_runs_or_a_path():
+    assert parse("--run", "a").run == "runs/a"
+    assert parse("--run", "/tmp/a").run == "/tmp/a"
+    assert parse("--model.name", "resnet18").run == "runs/resnet18.rotation_digits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--proxy.epocs", "1"], "proxy.epocs"),
+        (["--seed", "x"], "seed"),
+        (["--seed", "-1"], "seed"),
+        (["--proxy.lr", "0"], "proxy.lr"),
+        (["--proxy.epochs", "-1"], "proxy.epochs"),
+        (["--data.val_fraction", "0"], "data.val_fraction"),
+        (["--data.size", "0"], "data.size"),
+        (["--clusters.k", "[]"], "clusters.k"),
+        (["--clusters.k", "[3,3]"], "clusters.k"),
+        (["--clusters.k", "[0]"], "clusters.k"),
+        (["--clusters.restarts", "1"], "clusters.restarts"),
+        (["--clusters.source", "magic"], "clusters.source"),
+        (["--relearn.epochs", "0"], "relearn.epochs"),
+        (["--relearn.settle", "1.5"], "relearn.settle"),
+        (["--relearn.views.crop_scale", "[0.1,1.5]"], "relearn.views.crop_scale"),
+        (["--relearn.views.crop_scale", "[0.9,0.5]"], "relearn.views.crop_scale"),
+        (["--proxy.views.hue", "0.7"], "proxy.views.hue"),
+        (["--proxy.views.flip", "2"], "proxy.views.flip"),
+        (["--proxy.accumulate", "3"], "proxy.accumulate"),
+        (["--precision", "fp8"], "precision"),
+        (["--log.tracker", "paper"], "log.tracker"),
+    ],
+)
+def test_what_is_wrong_is_refused_naming_the_field(arguments, named):
+    with pytest.raises(Refused) as error:
+        parse(*arguments)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_keys_of_a_file_are_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("proxy: {epocs: 5}\n")
+    with pytest.raises(Refused, match="epocs"):
+        recipe.parse(["--config", str(path), "--data.path", "digits"])
+
+
+def test_data_must_be_named():
+    with pytest.raises(Refused, match=r"data\.path is missing"):
+        recipe.parse([])
+
+
+def test_every_field_is_explained():
+    text = recipe.parser().format_help()
+
+    def fields(kind, name):
+        for field in dataclasses.fields(kind):
+            inner = getattr(recipe, field.type.__name__, None) if isinstance(field.type, type) else None
+            if dataclasses.is_dataclass(inner):
+                yield from fields(inner, f"{name}{field.name}.")
+            else:
+                yield f"{name}{field.name}"
+
+    explained = {block.split()[0].rstrip(","): block for block in text.split("\n  --")[1:]}
+    for option in fields(recipe.Recipe, ""):
+        block = " ".join(explained[option].split())
+        assert re.search(r"[a-z]{2,}[^()]* [^()]*\. (\(|$)|[a-z]{2,} .*\(type:", block), option

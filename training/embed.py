@@ -1,0 +1,127 @@
+"""python -m training.embed MODEL --data.path DATA --out OUT.parquet [--clusters ROUND]: features with paths."""
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jsonargparse import ArgumentError
+from torch import Tensor, nn
+
+from . import backbone as B
+from . import clusters, images, launch, proxies, recipe
+from .__main__ import guarded
+from .files import Refused, read_json, sha256_file, whole_file
+from .images import Images
+from .loop import Context
+
+ROWS = 8192  # images between two writes
+
+
+def command() -> recipe.Parser:
+    parser = recipe.Parser(
+        prog="python -m training.embed",
+        description="Write the features of images, with their paths, as a parquet file.",
+        usage="%(prog)s MODEL --data.path DATA --out OUT.parquet [--clusters ROUND] [--FIELD VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
+    parser.add_argument("--out", required=True, help="The parquet file to write.")
+    parser.add_argument("--stage", type=int, help="Stage whose features are written; without one the pooled features.")
+    parser.add_argument("--clusters", help="A round's folder, runs/NAME/round_N: adds its labels and distances.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Images of a forward pass.")
+    # The model says the size; nothing is held out, drawn or tested, and what cannot be decoded becomes null.
+    unused = {"size", "limit", "val_fraction", "split_seed", "test_split", "label_column", "max_bad_fraction"}
+    parser.add_class_arguments(recipe.Data, "data", skip=unused)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = command()
+    try:
+        given = parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise Refused(str(error)) from error
+    data: recipe.Data = parser.instantiate(given).data
+    if not data.path:
+        raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
+    with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
+        accelerator = launch.start("fp32", None, scratch)
+        if accelerator.num_processes > 1:
+            raise Refused("embed runs in one process; start it with python -m training.embed.")
+        context = Context(accelerator, Path(scratch), stop, 1, 1)
+        name = f"local-dir:{given.model}" if Path(given.model).is_dir() else given.model
+        network = B.create(recipe.Model(name, pretrained=True), None)
+        data = dataclasses.replace(data, size=network.pretrained_cfg["input_size"][-1], max_bad_fraction=1.0)
+        found = B.as_seen_by(network, images.load(data, data.split, Path(scratch)))
+        labels = assign(Path(given.clusters), found, context, given.batch_size) if given.clusters else {}
+        write(Path(given.out), network.to(accelerator.device), found, given.stage, labels, context, given.batch_size)
+        bad = len(found) - len(found.all)
+        context.say(f"{len(found)} rows in {given.out}" + (f", {bad} of them null: not decodable" if bad else ""))
+
+
+def assign(folder: Path, found: Images, context: Context, batch_size: int) -> dict[str, Tensor]:
+    """Labels and distances of an earlier clustering, by the features of the backbone that it was made from."""
+    earlier = clusters.Clustered(folder)
+    read = read_json(folder / "clusters.json")["read"]
+    beside = [path for path in folder.parent.iterdir() if (path / "model.safetensors").exists()]
+    source = next((path for path in beside if sha256_file(path / "model.safetensors") == read["backbone"]), None)
+    if source is None or read["clusters.source"] != "backbone":
+        raise Refused(f"--clusters: the backbone whose features {folder} clusters is not beside it.")
+    network = B.load(source).to(context.accelerator.device)
+    stage = B.resolve_stage(network, read["clusters.stage"], "clusters.stage")
+    nuisance = proxies.PROXIES[read["proxy.name"]].nuisance
+    views = nuisance if read["clusters.average"] else nuisance[:1]
+    seen = B.as_seen_by(network, found)
+    return earlier(clusters.averaged(network, seen, stage, views, context, batch_size)[0])
+
+
+def write(
+    out: Path,
+    network: nn.Module,
+    found: Images,
+    stage: int | None,
+    labels: dict[str, Tensor],
+    context: Context,
+    batch_size: int,
+) -> None:
+    """index, path, features and any labels of every image; null where one could not be decoded."""
+    key: B.Stage = "pooled" if stage is None else B.resolve_stage(network, stage, "--stage")
+    stages = [] if stage is None else [key]
+
+    place = {index: number for number, index in enumerate(found.all.tolist())}
+
+    def tables() -> Iterator[pa.Table]:
+        for start in range(0, len(found), ROWS):
+            part = torch.arange(start, min(start + ROWS, len(found)))
+            usable = part[found.usable[part]]
+            rows: list[list[float] | None] = [None] * len(part)
+            if len(usable):
+                features = B.extract(network, found, usable, context.accelerator, batch_size, stages)[key]
+                for index, row in zip(usable.tolist(), features.numpy(), strict=True):
+                    rows[index - start] = row
+            columns = {
+                "index": pa.array(part.tolist(), pa.int64()),
+                "path": found.paths[start : start + len(part)],
+                "features": pa.array(rows, pa.list_(pa.float32())),
+            }
+            for name, values in labels.items():
+                kind = pa.int32() if name.startswith("label") else pa.float32()
+                picked = [values[place[i]].item() if i in place else None for i in part.tolist()]
+                columns[name] = pa.array(picked, kind)
+            yield pa.table(columns)
+
+    with whole_file(out) as beside:
+        writer = None
+        for table in tables():
+            writer = writer or pq.ParquetWriter(beside, table.schema)
+            writer.write_table(table)
+        writer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
