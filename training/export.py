@@ -47,9 +47,12 @@ def check(hub: Path, source: Path, images: Images, count: int = 16) -> None:
         Failed: they differ, or weights were missing.
     """
     batch = B.plain_batch(images, images.all[:count], torch.device("cpu"))
-    written = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
+    written, original = timm.create_model(f"local-dir:{hub}", pretrained=True).eval(), B.load(source).eval()
+    weights, expected = written.state_dict(), original.state_dict()
+    same = weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
     with torch.no_grad():
-        if not torch.equal(written(batch), B.load(source).eval()(batch)):
+        # Equal weights may lie differently in memory, which changes the last bits of a product.
+        if not same or not torch.allclose(written(batch), original(batch), rtol=1e-4, atol=1e-5):
             raise Failed(f"{hub} does not give the features of {source}; please report this with its recipe.yaml.")
 
 

@@ -6,7 +6,7 @@ fields meet; what needs the images or the network is checked in `run.py`, still 
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -244,6 +244,33 @@ class Recipe:
     """Arithmetic of training; auto: bf16 where the device has units for it, else fp16 on CUDA, else fp32."""
     checkpoint_every: PositiveInt = 500
     """Steps between two checkpoints."""
+
+
+# What each phase reads of a recipe: a field that is not here can change without the phase being done again.
+COMMON = ("model", "seed", "precision", "data.size", "data.val_fraction", "data.split_seed")
+READS = {
+    "proxy": (*COMMON, "proxy"),
+    "clusters": (*COMMON, "clusters", "proxy.name"),
+    "relearn": (*COMMON, "relearn"),
+    "evaluate": (*COMMON, "evaluate", "proxy.name"),
+}
+IGNORED = ("relearn.rounds",)
+
+
+def phase_fields(recipe: Recipe, phase: str) -> dict[str, Any]:
+    """The fields, by dotted name, that a phase reads."""
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and not name.endswith((".args", ".options")):
+            for key, item in value.items():
+                yield from walk(item, f"{name}.{key}" if name else key)
+        else:
+            yield name, list(value) if isinstance(value, tuple) else value
+
+    def read(name: str) -> bool:
+        return name not in IGNORED and any(name == part or name.startswith(f"{part}.") for part in READS[phase])
+
+    return {name: value for name, value in walk(dataclasses.asdict(recipe), "") if read(name)}
 
 
 class Parser(ArgumentParser):

@@ -1,6 +1,5 @@
 """A run: proxy, then rounds of clusters and relearning, then what was gained. What exists already is not done again."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,22 +12,12 @@ from torch import nn
 from . import backbone as B
 from . import clusters, export, figures, proxies, records, report
 from .evaluate import evaluate
-from .files import Refused, read_json, sha256_file, sha256_json, whole_folder, write_json
+from .files import read_json, sha256_file, sha256_json, whole_folder, write_json
 from .launch import StopSignals, seed_all
 from .loop import train
-from .recipe import Recipe
+from .recipe import READS, Recipe, phase_fields
 from .relearn import relearn
-from .setup import Run, prepare
-
-# What each phase reads of a recipe: a field that is not here can change without the phase being done again.
-COMMON = ("model", "seed", "precision", "data.size", "data.val_fraction", "data.split_seed")
-READS = {
-    "proxy": (*COMMON, "proxy"),
-    "clusters": (*COMMON, "clusters", "proxy.name"),
-    "relearn": (*COMMON, "relearn"),
-    "evaluate": ("evaluate", "proxy.name"),
-}
-IGNORED = ("relearn.rounds",)
+from .setup import Run, prepare, refuse_other
 
 
 def run(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Path:
@@ -58,26 +47,10 @@ def run(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Path:
 # What is done once
 
 
-def fields(recipe: Recipe, phase: str) -> dict[str, Any]:
-    """The fields, by dotted name, that a phase reads."""
-
-    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and not name.endswith((".args", ".options")):
-            for key, item in value.items():
-                yield from walk(item, f"{name}.{key}" if name else key)
-        else:
-            yield name, list(value) if isinstance(value, tuple) else value
-
-    def read(name: str) -> bool:
-        return name not in IGNORED and any(name == part or name.startswith(f"{part}.") for part in READS[phase])
-
-    return {name: value for name, value in walk(dataclasses.asdict(recipe), "") if read(name)}
-
-
 def reads(this: Run, phase: str, **inputs: Path) -> dict[str, Any]:
     """What the result of a phase depends on: fields of the recipe, the images, and files of phases before it."""
     files = {name: sha256_file(path) for name, path in inputs.items()}
-    return {**fields(this.recipe, phase), "images": this.train.fingerprint, **files}
+    return {**phase_fields(this.recipe, phase), "images": this.train.fingerprint, **files}
 
 
 def done(marker: Path, read: dict[str, Any]) -> bool:
@@ -88,13 +61,7 @@ def done(marker: Path, read: dict[str, Any]) -> bool:
     """
     if not marker.exists():
         return False
-    before = read_json(marker)["read"]
-    for name, value in read.items():
-        if before.get(name) != value:
-            raise Refused(
-                f"{name}: {marker.parent} was made with {before.get(name)}, now it is {value}; choose another --run, "
-                "or remove that folder to do it again."
-            )
+    refuse_other(marker, read)
     return True
 
 
@@ -202,7 +169,8 @@ def measure(this: Run, arm: str, network: Callable[[], nn.Module], folders: list
     """Evaluate a backbone that the phases in `folders` made, unless its records are there."""
     path, number = this.folder / "records.jsonl", max(0, len(folders) - 1)
     weights = sha256_file(folders[-1] / "model.safetensors") if folders else "untrained"
-    recipe_sha256 = sha256_json([weights, *(reads(this, phase) for phase in READS)])
+    made_by = ("evaluate", *(("proxy", "clusters", "relearn") if number else ("proxy",) * len(folders)))
+    recipe_sha256 = sha256_json([weights, *(reads(this, phase) for phase in made_by)])
     known = [r for r in records.read(path) if r["arm"] == arm and r["round"] == number]
     if known and all(r["recipe_sha256"] == recipe_sha256 for r in known):
         return

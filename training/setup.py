@@ -5,7 +5,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from .files import Refused, lock_folder, read_json, write_json, write_text
 from .images import Images
 from .launch import Key, StopSignals, resolve_precision, seed_all, start
 from .loop import Context, steps_of
-from .recipe import Recipe, Schedule, to_yaml
+from .recipe import READS, Recipe, Schedule, phase_fields, to_yaml
 from .task import BackboneTask
 
 
@@ -81,6 +81,9 @@ def prepare(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Run:
     network = B.create(recipe.model, recipe.data.size, pretrained=False)
     relearn.split(network, recipe.relearn, recipe.data.size)
     B.resolve_stage(network, recipe.clusters.stage, "clusters.stage")
+    for marker in folder.glob("*/*.json"):
+        if marker.stem in READS:
+            refuse_other(marker, phase_fields(recipe, marker.stem))
     accelerator = start(recipe.precision, recipe.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     lock = lock_folder(folder) if context.main else None
@@ -92,6 +95,21 @@ def prepare(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Run:
     accelerator.init_trackers("sslpp", {})
     _announce(run, network)
     return run
+
+
+def refuse_other(marker: Path, read: dict[str, Any]) -> None:
+    """Refuse a phase that was finished from other fields or inputs.
+
+    Raises:
+        Refused: naming the first that differs.
+    """
+    before = read_json(marker)["read"]
+    for name, value in read.items():
+        if before.get(name) != value:
+            raise Refused(
+                f"{name}: {marker.parent} was made with {before.get(name)}, now it is {value}; choose another --run, "
+                "or remove that folder to do it again."
+            )
 
 
 def _precision(asked: str, folder: Path) -> str:
@@ -148,7 +166,8 @@ def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) 
                     f"{folder} holds a run over other images (data.json has {name} = {before[name]}, now it is "
                     f"{told[name]}); choose another --run."
                 )
-    write_json(path, told)
+    else:
+        write_json(path, told)
 
 
 def _refuse(run: Run) -> None:

@@ -1,0 +1,138 @@
+"""Pseudo-labels: whitening, averaging, files, agreement; against plain loops and scikit-learn."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from tests.conftest import make_images
+from training import backbone as B
+from training import clusters as C
+from training.files import Refused
+from training.launch import Key
+from training.proxies.rotation import Rotation
+from training.recipe import Clusters, Model
+
+
+def network(size=16):
+    torch.manual_seed(0)
+    return B.create(Model("test_resnet"), size).eval()
+
+
+def make(images, context, folder, **settings):
+    folder.mkdir(exist_ok=True)
+    chosen = Clusters(**{"k": [3, 5], "whiten": 6, **settings})
+    return C.cluster(
+        network(images.size), images, chosen, Rotation.nuisance, Key(0, "clusters", 1), context, 16, folder
+    )
+
+
+def test_whitening_is_scikit_learns_pca_up_to_signs():
+    rows = torch.randn(200, 10) @ torch.randn(10, 10) + 3
+    ours = (rows - C.fit_whitening(rows, 4).mean) @ C.fit_whitening(rows, 4).projection
+    theirs = PCA(4, whiten=True).fit_transform(rows.double().numpy())
+    assert np.abs(np.abs(ours.numpy()) - np.abs(theirs)).max() < 1e-3
+    unit = C.fit_whitening(rows, 4)(rows)
+    assert torch.allclose(unit.norm(dim=1), torch.ones(200), atol=1e-5)
+
+
+def test_whitening_drops_directions_without_variance_and_serves_equal_rows():
+    rows = torch.randn(50, 3) @ torch.randn(3, 8)
+    assert C.fit_whitening(rows, 8).projection.shape == (8, 3)
+    assert C.fit_whitening(torch.ones(5, 4), 4)(torch.ones(5, 4)).isfinite().all()
+
+
+def test_without_whitening_only_the_length_changes():
+    rows = torch.randn(20, 5) + 2
+    assert torch.allclose(C.fit_whitening(rows, 0)(rows), rows / rows.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_features_are_averaged_over_the_nuisance_views(tiny, context):
+    net = network()
+    mean, first, last = C.averaged(net, tiny, 2, Rotation.nuisance, context, 16)
+    batch = B.plain_batch(tiny, tiny.all, torch.device("cpu"))
+    with torch.no_grad():
+        each = []
+        for flipped in (False, True):
+            for quarter in range(4):
+                turned = torch.rot90(batch.flip(3) if flipped else batch, quarter, (2, 3))
+                each.append(B.features(net, turned, [2])[2])
+    assert torch.allclose(mean, torch.stack(each).mean(0), atol=1e-5)
+    assert torch.allclose(first, each[0], atol=1e-5)
+    assert torch.allclose(last, each[-1], atol=1e-5)
+
+
+def test_averaged_features_do_not_know_the_rotation(tiny, context):
+    turned = make_images()
+    turned.pixels = torch.rot90(turned.pixels, 1, (2, 3))
+    one = C.averaged(network(), tiny, 2, Rotation.nuisance, context, 16)[0]
+    other = C.averaged(network(), turned, 2, Rotation.nuisance, context, 16)[0]
+    assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_files_tell_every_images_label_and_distance(tiny, context, tmp_path):
+    tiny.sides[[3, 10]] = 0
+    report = make(tiny, context, tmp_path / "round_1")
+    table = pq.read_table(tmp_path / "round_1" / "labels.parquet")
+    assert table.column_names == ["index", "path", "label_3", "distance_3", "label_5", "distance_5"]
+    assert table["index"].to_pylist() == list(range(len(tiny)))
+    assert table["path"].to_pylist() == tiny.paths
+    assert [i for i, v in enumerate(table["label_3"].to_pylist()) if v is None] == [3, 10]
+    labels, k = C.read_labels(tmp_path / "round_1" / "labels.parquet")
+    assert (labels.shape, k) == ((len(tiny), 2), [3, 5])
+    assert labels[[3, 10]].tolist() == [[-1, -1], [-1, -1]]
+    known = labels[tiny.train]
+    assert report["3"]["sizes"] == np.bincount(known[:, 0], minlength=3).tolist()
+    assert json.dumps(report)
+    for told in report.values():
+        assert {"inertia", "agreement_of_seeds", "agreement_of_views", "nmi", "purity", "repaired"} <= told.keys()
+        assert all(0 <= told[name] <= 1 for name in ("agreement_of_seeds", "agreement_of_views", "nmi", "purity"))
+
+
+def test_a_clustering_assigns_the_same_labels_again(tiny, context, tmp_path):
+    make(tiny, context, tmp_path / "round_1")
+    earlier = C.Clustered(tmp_path / "round_1")
+    again = earlier(C.averaged(network(), tiny, 3, Rotation.nuisance, context, 16)[0])
+    labels, _ = C.read_labels(tmp_path / "round_1" / "labels.parquet")
+    assert torch.equal(again["label_3"], labels[:, 0])
+    assert torch.equal(again["label_5"], labels[:, 1])
+    with pytest.raises(Refused, match=r"clusters\.safetensors"):
+        C.Clustered(tmp_path)
+
+
+def test_budget_counts_a_third_of_each_forward_pass(tiny, context, tmp_path):
+    make(tiny, context, tmp_path / "a")
+    assert context.budget["images"] == pytest.approx(len(tiny) * 8 / 3)
+    assert context.budget["flops"] > len(tiny) * 8 * B.forward_flops(network(), 16)
+    context.budget = {"images": 0.0, "flops": 0.0, "seconds": 0.0}
+    make(tiny, context, tmp_path / "b", average=False)
+    assert context.budget["images"] == pytest.approx(len(tiny) / 3)
+
+
+def test_purity_and_agreement_against_plain_counts():
+    labels, classes = np.array([0, 0, 0, 1, 1, 2]), np.array([1, 1, 0, 0, 0, 1])
+    assert C.purity(labels, classes) == pytest.approx(5 / 6)
+    assert C.nmi(labels, labels) == pytest.approx(1)
+
+
+def test_images_without_labels_tell_no_purity(context, tmp_path):
+    report = make(make_images(labelled=False), context, tmp_path / "a")
+    assert "purity" not in report["3"]
+
+
+def test_true_labels_leave_the_held_out_part_out(tiny, context, tmp_path):
+    C.from_classes(tiny, context, tmp_path)
+    labels, k = C.read_labels(tmp_path / "labels.parquet")
+    assert k == [4]
+    assert torch.equal(labels[tiny.train, 0], tiny.labels[tiny.train])
+    assert (labels[tiny.val] == -1).all()
+
+
+def test_more_clusters_than_images_and_labels_that_are_not_there_are_refused(tiny):
+    with pytest.raises(Refused, match=r"clusters\.k: 99"):
+        C.check(Clusters(k=[3, 99]), tiny)
+    with pytest.raises(Refused, match=r"clusters\.source"):
+        C.check(Clusters(source="labels"), make_images(labelled=False))

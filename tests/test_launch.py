@@ -1,0 +1,98 @@
+"""Signals, seeds, precision and processes."""
+
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from training import launch
+from training.files import Refused
+
+
+def test_a_signal_outside_the_loop_ends_the_run_at_once():
+    with launch.StopSignals(), pytest.raises(launch.Interrupted) as error:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert error.value.number == signal.SIGTERM
+
+
+def test_a_signal_in_the_loop_waits_to_be_asked_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with launch.StopSignals() as stop:
+        stop.deferred = True
+        assert not stop.requested()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested()
+        assert stop.number == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_orphan_of_a_launcher_is_asked_to_stop(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    stop = launch.StopSignals()
+    assert not stop.requested()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop.requested()
+    assert stop.number == signal.SIGTERM
+
+
+def test_without_a_launcher_a_lost_parent_means_nothing(monkeypatch):
+    for name in launch.LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    stop = launch.StopSignals()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert not stop.requested()
+
+
+def test_seeds_reach_every_global_stream():
+    def drawn(seed):
+        launch.seed_all(seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    assert drawn(3) == drawn(3)
+    assert all(a != b for a, b in zip(drawn(3), drawn(2**62), strict=True))
+
+
+@pytest.mark.parametrize(("units", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_precision_is_what_the_cpu_has_units_for(monkeypatch, units, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert launch.resolve_precision("auto") == expected
+    assert launch.resolve_precision("bf16") == "bf16"
+
+
+def test_processes_that_cannot_find_each_other_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch, "Accelerator", lambda **kwargs: type("Alone", (), {"num_processes": 1})())
+    with pytest.raises(Refused, match="2 processes were launched"):
+        launch.start("fp32", None, str(tmp_path))
+
+
+def test_fp16_needs_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Refused, match="precision: fp16"):
+        launch.start("fp16", None, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("environment", "kept"),
+    [
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, False),  # the launcher's one
+        ({"OMP_NUM_THREADS": "1"}, True),  # the user's
+        ({"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x"}, True),
+        ({}, False),
+    ],
+)
+def test_every_core_is_used_unless_the_user_says_otherwise(monkeypatch, tmp_path, environment, kept):
+    for name in (*launch.LAUNCHERS, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = []
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    launch.start("fp32", None, str(tmp_path))
+    assert said == ([] if kept else [len(os.sched_getaffinity(0))])

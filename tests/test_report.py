@@ -1,0 +1,112 @@
+"""Records, tables and figures."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import make_images
+from training import figures, records, report
+from training.files import write_lines
+
+
+def record(arm, stage, value, protocol="linear", split="test", number=0, **settings):
+    return {
+        "arm": arm, "model": "m", "recipe_sha256": "r", "seed": 0, "phase": "relearn" if number else "proxy",
+        "round": number, "stage": stage, "protocol": protocol, "settings": settings, "data": "d@0", "split": split,
+        "metric": "rank" if protocol == "rankme" else "top1", "value": value, "images_seen": 1000 * (number + 1),
+    }  # fmt: skip
+
+
+def a_run():
+    rows = []
+    for arm, gain, number in (("random", 0, 0), ("proxy_short", 0.1, 0), ("sslpp", 0.2, 1), ("sslpp", 0.3, 2)):
+        for stage in (0, 1, "pooled"):
+            rows.append(record(arm, stage, 0.4 + gain, number=number, C=0.1))
+            rows.append(record(arm, stage, 0.3 + gain, "knn", number=number, k=20))
+            rows.append(record(arm, stage, 0.2 + gain, "knn", number=number, k=200))
+            rows.append(record(arm, stage, 0.9 - gain, "residue", number=number, views=4))
+            rows.append(record(arm, stage, 7 + gain, "rankme", number=number))
+    return rows
+
+
+def test_a_newer_record_of_the_same_thing_replaces_the_older(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records.write(path, [record("a", 0, 0.1), record("a", 0, 0.2, "knn", k=20), record("a", 0, 0.3, "knn", k=200)])
+    records.write(path, [record("a", 0, 0.5), record("a", 1, 0.6)])
+    assert [r["value"] for r in records.read(path)] == [0.5, 0.2, 0.3, 0.6]
+
+
+def test_tables_show_the_last_round_of_each_arm():
+    found = report.tables(a_run(), ["random", "proxy_short", "sslpp"])
+    assert [protocol for protocol, _ in found] == ["linear", "knn", "knn", "residue", "rankme"]
+    _, lines = found[0]
+    assert lines[0] == ["linear probe, top-1 %", "stage 0", "stage 1", "pooled"]
+    assert lines[3] == ["sslpp", "70.0", "70.0", "70.0"]
+    assert found[4][1][1] == ["random", "7.0", "7.0", "7.0"]
+    text, markdown = report.as_text(lines), report.as_markdown(lines)
+    assert len({len(line) for line in text.splitlines()}) == 1
+    assert markdown.splitlines()[1] == "|---|---:|---:|---:|"
+
+
+def test_the_held_out_part_is_shown_where_there_is_no_test_split():
+    rows = [{**r, "split": "val"} for r in a_run()]
+    assert report.split_of(rows) == "val"
+    assert "on the held-out part of train" in report.gain(rows, "sslpp")
+
+
+def test_the_gain_is_the_difference_of_the_records_and_tells_the_budgets():
+    text = report.gain(a_run(), "sslpp")
+    assert "linear 50.0 -> 70.0 (+20.0)" in text
+    assert "nearest neighbours 40.0 -> 60.0 (+20.0)" in text
+    assert "residue 80.0 -> 60.0 (-20.0)" in text
+    assert "1,000 images" in text
+    assert "3,000" in text
+    assert report.gain([], "sslpp") == "There is nothing to compare yet."
+
+
+def drawn(path):
+    with Image.open(path) as picture:
+        return picture.size, len(set(picture.convert("L").resize((64, 64)).getdata()))
+
+
+def test_figures_are_drawn_whole(tmp_path):
+    images = make_images(60)
+    figures.stages(tmp_path / "stages.png", a_run(), ["random", "proxy_short", "sslpp"], "test")
+    write_lines(
+        tmp_path / "metrics.jsonl",
+        [
+            {"phase": p, "round": n, "step": s, "images": s * 8, "loss": 1 / s, "accuracy": 0.1 * s}
+            for p, n in (("proxy", 0), ("relearn", 1))
+            for s in range(1, 6)
+        ],
+    )
+    figures.curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
+    features = {"proxy": torch.randn(60, 4), "sslpp": torch.randn(60, 4)}
+    figures.neighbours(tmp_path / "neighbours.png", features, images, images.all)
+    unlabelled = make_images(60, labelled=False)
+    figures.neighbours(tmp_path / "plain.png", features, unlabelled, unlabelled.all)
+    for name in ("stages", "curves", "neighbours", "plain"):
+        size, shades = drawn(tmp_path / f"{name}.png")
+        assert min(size) > 200
+        assert shades > 20
+
+
+def test_the_same_records_draw_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        figures.stages(tmp_path / f"{name}.png", a_run(), ["random", "sslpp"], "test")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_contact_sheet_shows_the_nearest_images_first(tmp_path, labelled):
+    import numpy as np
+
+    from training.clusters import write_labels
+
+    images = make_images(30, labelled=labelled)
+    labels, distances = np.arange(30) % 3, np.linspace(1, 0, 30).astype(np.float32)
+    write_labels(tmp_path / "l.parquet", images, images.all, {"label_3": labels, "distance_3": distances})
+    figures.contact_sheet(tmp_path / "sheet.png", images, tmp_path / "l.parquet", columns=4)
+    size, shades = drawn(tmp_path / "sheet.png")
+    assert min(size) > 200
+    assert shades > 20

@@ -1,0 +1,244 @@
+"""The real command, end to end, on tiny data; what was kept is not done again; what is wrong is refused first."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+
+from tests.conftest import ROOT, TINY_RUN, command
+from training import recipe, records
+from training.files import read_json, read_lines, sha256_file
+
+
+def train(folder, data, *more, **kwargs):
+    return command("training", *TINY_RUN, "--data.path", data, "--run", folder, *more, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def finished(picture_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    done = train(folder, picture_folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_folder_of_images_becomes_a_run_folder(finished):
+    folder, done = finished
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "recipe.yaml", "data.json", "bad_images.txt", "metrics.jsonl", "records.jsonl", "report.md",
+        "proxy/config.json", "proxy/model.safetensors",
+        "round_1/config.json", "round_1/model.safetensors", "round_1/labels.parquet", "round_1/clusters.safetensors",
+        "round_1/clusters.json", "round_1/clusters.png",
+        "report/stages.png", "report/neighbours.png", "report/clusters.png", "report/curves.png",
+        "hub/config.json", "hub/model.safetensors", "hub/README.md",
+    } <= names  # fmt: skip
+    assert not [name for name in names if ".tmp" in name or ".old" in name]
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    first = done.stdout.splitlines()[0]
+    assert re.search(r"fp32; processes 1; threads \d+; batch 8; images 38 \(\+ 10 held out, 0 bad\); .* MB in", first)
+
+
+def test_the_report_shows_every_arm_and_the_lines_of_python_work(finished, tmp_path):
+    folder, done = finished
+    for arm in ("random", "proxy_short", "sslpp"):
+        assert len(re.findall(rf"^{arm} +\d", done.stdout, re.M)) == 4  # linear, knn, residue, rankme
+    text = (folder / "report.md").read_text()
+    assert "sslpp over the proxy's backbone" in text
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "torch.Size([1, 96])" in shown.stdout
+
+
+def test_records_have_all_their_fields(finished):
+    folder, _ = finished
+    found = records.read(folder / "records.jsonl")
+    wanted = {
+        "arm", "model", "recipe_sha256", "seed", "phase", "round", "stage", "protocol", "settings", "data", "split",
+        "metric", "value", "images_seen", "flops", "seconds", "device", "precision", "weights_sha256", "versions",
+    }  # fmt: skip
+    assert all(set(record) == wanted for record in found)
+    assert {(r["arm"], r["round"]) for r in found} == {("random", 0), ("proxy_short", 0), ("sslpp", 1)}
+    last = next(r for r in found if r["arm"] == "sslpp")
+    assert last["weights_sha256"] == sha256_file(folder / "round_1" / "model.safetensors")
+    assert last["images_seen"] == 2 * 32 + round(48 * 8 / 3) + 2 * 32
+    assert last["flops"] > 0
+
+
+def test_labels_belong_to_their_images(finished, picture_folder):
+    folder, _ = finished
+    table = pq.read_table(folder / "round_1" / "labels.parquet")
+    paths = table["path"].to_pylist()
+    assert len(paths) == 48
+    assert all((picture_folder / path).exists() for path in paths)
+
+
+def test_the_same_command_again_does_nothing_again(finished, picture_folder):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors") if "hub" not in path.parts}
+    lines = (folder / "metrics.jsonl").read_bytes()
+    again = train(folder, picture_folder)
+    assert again.returncode == 0, again.stderr
+    assert "measuring" not in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (folder / "metrics.jsonl").read_bytes() == lines
+
+
+def test_the_resolved_recipe_runs_as_it_is(finished, picture_folder):
+    folder, _ = finished
+    again = command("training", "--config", folder / "recipe.yaml")
+    assert again.returncode == 0, again.stderr
+    assert "measuring" not in again.stdout
+
+
+def test_hub_loads_where_this_project_is_not(finished, tmp_path):
+    folder, _ = finished
+    code = f"""
+import sys, timm, torch, transformers
+assert "training" not in sys.modules and "sslpp_models" not in sys.modules
+batch = torch.randn(2, 3, 16, 16)
+hub = "{folder / "hub"}"
+plain = timm.create_model("local-dir:" + hub, pretrained=True).eval()
+with torch.no_grad():
+    expected = plain(batch)
+    headless = timm.create_model("local-dir:" + hub, pretrained=True, num_classes=0).eval()
+    assert headless(batch).allclose(expected, atol=1e-5)
+    assert timm.create_model("local-dir:" + hub, pretrained=True, num_classes=7)(batch).shape == (2, 7)
+    assert len(timm.create_model("local-dir:" + hub, pretrained=True, features_only=True)(batch)) == 5
+    assert timm.create_model("local-dir:" + hub, pretrained=True, in_chans=1)(batch[:, :1]).shape == expected.shape
+    model = transformers.AutoModel.from_pretrained(hub).eval()
+    assert torch.allclose(model(batch).pooler_output, expected, atol=1e-5)
+from PIL import Image
+import numpy as np
+picture = Image.fromarray((np.random.default_rng(0).random((20, 20, 3)) * 255).astype("uint8"))
+pixels = transformers.AutoImageProcessor.from_pretrained(hub)(picture)["pixel_values"]
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
+assert torch.allclose(torch.as_tensor(pixels)[0], transform(picture), atol=1e-5)
+print("same")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("same"), done.stderr
+
+
+def test_embed_writes_features_with_paths_and_earlier_labels(finished, picture_folder, tmp_path):
+    folder, _ = finished
+    out = tmp_path / "out.parquet"
+    done = command(
+        "training.embed", folder / "hub", "--data.path", picture_folder, "--out", out, "--clusters", folder / "round_1"
+    )
+    assert done.returncode == 0, done.stderr
+    table, labels = pq.read_table(out), pq.read_table(folder / "round_1" / "labels.parquet")
+    for name in ("path", "label_3", "label_5"):
+        assert table[name].to_pylist() == labels[name].to_pylist()
+    assert table["distance_3"].to_pylist() == pytest.approx(labels["distance_3"].to_pylist(), abs=1e-5)
+    model = timm.create_model(f"local-dir:{folder / 'hub'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    from PIL import Image
+
+    for row in (0, 31):
+        picture = Image.open(picture_folder / table["path"][row].as_py())
+        with torch.no_grad():
+            expected = model(transform(picture).unsqueeze(0))[0]
+        assert torch.allclose(torch.tensor(table["features"][row].as_py()), expected, atol=2e-3)
+
+
+def test_a_second_round_is_added_to_a_finished_run(finished, picture_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "tiny"
+    shutil.copytree(finished[0], folder)
+    first = sha256_file(folder / "round_1" / "model.safetensors")
+    done = train(folder, picture_folder, "--relearn.rounds", 2)
+    assert done.returncode == 0, done.stderr
+    assert sha256_file(folder / "round_1" / "model.safetensors") == first
+    assert sha256_file(folder / "hub" / "model.safetensors") == sha256_file(folder / "round_2" / "model.safetensors")
+    assert {r["round"] for r in records.read(folder / "records.jsonl") if r["arm"] == "sslpp"} == {1, 2}
+    assert read_json(folder / "round_2" / "clusters.json")["read"]["backbone"] == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "named"),
+    [
+        (["--clusters.k", "[3,999]"], 2, "clusters.k"),
+        (["--proxy.epochs", "3"], 2, "proxy.epochs"),
+        (["--relearn.split", "-1"], 2, "relearn.split"),
+        (["--relearn.split", "17"], 2, "relearn.split"),
+        (["--clusters.stage", "-9"], 2, "clusters.stage"),
+        (["--model.name", "resnet81"], 2, "model.name"),
+        (["--model.name", "test_vit", "--model.args", "{patch_size: 7}"], 2, "data.size"),
+        (["--proxy.name", "jigsaw"], 2, "proxy.name"),
+        (["--proxy.optimizer", "adamish"], 2, "proxy.optimizer"),
+        (["--proxy.batch_size", "64"], 2, "proxy.batch_size"),
+        (["--data.size", "18"], 2, "size"),
+        (["--data.limit", "30"], 2, "images"),
+        (["--data.test_split", "exam"], 2, "data.split"),
+        (["--precision", "fp16"], 2, "precision"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(finished, picture_folder, arguments, status, named, capsys):
+    from training.__main__ import guarded, main
+
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    got = guarded(main, [*TINY_RUN, "--data.path", str(picture_folder), "--run", str(folder), *arguments])
+    error = capsys.readouterr().err
+    assert got == status, error
+    assert error.count("\n") == 1
+    assert named in error
+    names = {path: path.stat().st_mtime_ns for path in before}
+    assert {p for p in before if names[p] != before[p]} <= {folder / "bad_images.txt"}
+
+
+def test_images_without_labels_and_odd_files_go_through(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    data = tmp_path / "photos"
+    data.mkdir()
+    for i in range(40):
+        array = (generator.random((int(generator.integers(5, 40)), int(generator.integers(5, 40)), 3)) * 255).astype(
+            "uint8"
+        )
+        picture = Image.fromarray(array).convert(["RGB", "L", "RGBA", "P"][i % 4])
+        picture.save(data / f"{i:02d}.png")
+    (data / "empty.jpg").write_bytes(b"")
+    done = train(tmp_path / "run", data, "--data.max_bad_fraction", 0.1, "--proxy.epochs", 1, "--relearn.epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert "1 bad" in done.stdout
+    assert {r["protocol"] for r in records.read(tmp_path / "run" / "records.jsonl")} == {"residue", "rankme"}
+    assert (tmp_path / "run" / "bad_images.txt").read_text().count("\n") == 1
+
+
+def test_proxy_weights_may_come_from_a_folder_and_phase_1_may_be_left_out(finished, picture_folder, tmp_path):
+    folder, _ = finished
+    done = train(
+        tmp_path / "run", picture_folder, "--model.name", f"local-dir:{folder / 'proxy'}", "--model.pretrained", "true",
+        "--proxy.epochs", 0,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        timm.create_model(f"local-dir:{f}", pretrained=True) for f in (tmp_path / "run" / "proxy", folder / "proxy")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert {row["phase"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")} == {"relearn"}
+    config = json.loads((tmp_path / "run" / "hub" / "config.json").read_text())
+    assert config["architecture"] == "test_resnet"
+
+
+def test_a_field_that_no_phase_reads_never_redoes_one():
+    one = recipe.parse(["--data.path", "digits"])
+    other = recipe.parse(["--data.path", "digits", "--log.every", "3", "--clusters.k", "[4]", "--relearn.rounds", "3"])
+    assert recipe.phase_fields(one, "proxy") == recipe.phase_fields(other, "proxy")
+    assert recipe.phase_fields(one, "relearn") == recipe.phase_fields(other, "relearn")
+    assert recipe.phase_fields(one, "clusters") != recipe.phase_fields(other, "clusters")
+
+
+def test_the_quickstart_recipe_is_sound():
+    made = recipe.parse(["--config", str(ROOT / "hub_configs" / "quickstart" / "recipe.yaml")])
+    assert made.run == "runs/quickstart"
