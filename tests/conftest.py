@@ -95,8 +95,10 @@ TINY_RUN = [
 def command(module, *arguments, launcher=(), cwd=ROOT, env=None, **kwargs):
     """Run ``python -m module`` as a user would; its stdout, stderr and exit status."""
     start = [sys.executable, "-m", *launcher] if launcher else [sys.executable]
+    # torchrun takes --run for an abbreviation of an option of its own, unless -- ends them.
+    separator = ["--"] if "torch.distributed.run" in launcher else []
     return subprocess.run(
-        [*start, "-m", module, *map(str, arguments)],
+        [*start, "-m", *separator, module, *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **(env or {})},
         capture_output=True,

@@ -124,7 +124,8 @@ def cluster(
     train = ~images.held_out[usable]
     whitening = fit_whitening(mean[train], settings.whiten)
     rows, first, last = whitening(mean), whitening(first), whitening(last)
-    mine = rows[train][accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+    # In order, so that the seeding draws the same rows whatever the number of processes.
+    mine = rows[train].tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
     tensors = {"mean": whitening.mean, "projection": whitening.projection}
     columns: dict[str, np.ndarray] = {}
     report: dict[str, Any] = {}

@@ -1,0 +1,96 @@
+"""Two processes on the CPU, through torchrun: the same run as one process's."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from sklearn.metrics import normalized_mutual_info_score
+
+from tests.conftest import ROOT, TINY_RUN, command
+from training.clusters import read_labels
+from training.files import read_lines
+
+# Without batch norm, whose statistics are each process's own.
+PLAIN = [
+    "--model.name", "test_vit", "--data.size", "32", "--proxy.epochs", "6", "--relearn.epochs", "6",
+    "--relearn.mlp_layers", "0", "--clusters.stage", "3", "--relearn.split", "2", "--precision", "fp32",
+]  # fmt: skip
+TWO = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731")
+
+
+@pytest.fixture(scope="module")
+def runs(picture_folder, tmp_path_factory):
+    folders = {}
+    for name, launcher in (("one", ()), ("two", TWO)):
+        folders[name] = tmp_path_factory.mktemp("runs") / name
+        done = command(
+            "training", *TINY_RUN, *PLAIN, "--data.path", picture_folder, "--run", folders[name], launcher=launcher
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"processes {1 if name == 'one' else 2};" in done.stdout.splitlines()[0]
+        assert len([line for line in done.stdout.splitlines() if "processes" in line]) == 1
+    return folders
+
+
+@pytest.mark.parametrize("phase", ["proxy", "relearn"])
+def test_the_first_losses_are_one_processs(runs, phase):
+    losses = {
+        name: [row["loss"] for row in read_lines(folder / "metrics.jsonl") if row["phase"] == phase][:20]
+        for name, folder in runs.items()
+    }
+    assert len(losses["one"]) == 20
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-4)
+
+
+def test_the_clusters_agree(runs):
+    one, two = (read_labels(folder / "round_1" / "labels.parquet")[0] for folder in runs.values())
+    for column in range(one.shape[1]):
+        assert normalized_mutual_info_score(one[:, column], two[:, column]) >= 0.99
+
+
+def test_the_images_are_kept_once_for_both(runs):
+    assert (runs["two"] / "images" / "train.u8").exists()
+    assert not (runs["one"] / "images").exists()
+
+
+def test_both_processes_hold_the_same_weights_after_settling(tmp_path):
+    code = f"""
+import torch, pathlib
+from tests.conftest import make_images
+from tests.test_relearn import MODEL, KEY, network, pseudo_labels, settings
+from training import launch, loop, relearn
+accelerator = launch.start("fp32", None, "{tmp_path}")
+assert accelerator.num_processes == 2
+context = loop.Context(accelerator, pathlib.Path("{tmp_path}"), launch.StopSignals(), 1, 1000)
+torch.manual_seed(accelerator.process_index)
+before = network()
+if accelerator.process_index:  # even if they had begun apart
+    before.layer4[0].conv1.weight.data.add_(1)
+images = make_images()
+chosen = settings(mlp_layers=0, epochs=2)
+seen = []
+real = relearn.train
+def spy(task, *args, **kwargs):
+    real(task, *args, **kwargs)
+    for name, value in sorted(task.state_dict().items()):
+        if value.is_floating_point() and "running" not in name:
+            both = accelerator.gather(value.flatten().unsqueeze(0))
+            assert torch.equal(both[0], both[1]), name
+            seen.append(name)
+relearn.train = spy
+relearn.relearn(before, MODEL, chosen, pseudo_labels(images), [4, 2], images, KEY, context, "x")
+assert any(name.endswith("layer4.0.conv1.weight") for name in seen) and len(seen) > 60
+print("equal on rank", accelerator.process_index)
+"""
+    script = tmp_path / "ranks.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", *TWO, script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal on rank") == 2

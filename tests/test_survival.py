@@ -1,0 +1,125 @@
+"""Killed at any moment, started again by the same command: the same weights, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, TINY_RUN
+from training.files import read_lines
+
+LAUNCHERS = {"python": (), "accelerate": ("-m", "accelerate.commands.launch")}
+# A clustering and phases long enough to be met in the middle.
+SLOW = ["--proxy.epochs", "8", "--relearn.epochs", "8", "--clusters.restarts", "150", "--checkpoint_every", "3"]
+
+
+def start(launcher, folder, data):
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *LAUNCHERS[launcher],
+            "-m",
+            "training",
+            *TINY_RUN,
+            *SLOW,
+            "--data.path",
+            data,
+            "--run",
+            folder,
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def steps(folder, phase):
+    return max((row["step"] for row in read_lines(folder / "metrics.jsonl") if row["phase"] == phase), default=0)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def end(process, number=signal.SIGKILL):
+    os.killpg(process.pid, number)
+    return process.wait(60), process.stderr.read()
+
+
+def finish(process):
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+
+
+def results(folder):
+    names = ("proxy/model.safetensors", "round_1/model.safetensors", "round_1/clusters.safetensors")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_killed_in_each_phase_the_run_ends_bit_for_bit_the_same(launcher, picture_folder, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    finish(start(launcher, whole, picture_folder))
+
+    process = start(launcher, torn, picture_folder)
+    wait_for(lambda: steps(torn, "proxy") >= 10, process)
+    end(process)
+    assert not (torn / "proxy" / "proxy.json").exists()
+    assert list((torn / "checkpoints").glob("proxy_0_*"))
+
+    process = start(launcher, torn, picture_folder)
+    wait_for((torn / "round_1").exists, process)
+    end(process)
+    assert not (torn / "round_1" / "clusters.json").exists()
+
+    process = start(launcher, torn, picture_folder)
+    wait_for(lambda: steps(torn, "relearn") >= 22, process)  # past settle
+    end(process)
+    assert not (torn / "round_1" / "relearn.json").exists()
+
+    finish(start(launcher, torn, picture_folder))
+    assert results(torn) == results(whole)
+    kept = [[(r["phase"], r["step"], r["loss"]) for r in read_lines(f / "metrics.jsonl")] for f in (torn, whole)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_answered_with_a_checkpoint_and_its_status(number, status, picture_folder, tmp_path):
+    process = start("python", tmp_path / "run", picture_folder)
+    wait_for(lambda: steps(tmp_path / "run", "proxy") >= 4, process)
+    got, error = end(process, number)
+    assert got == status
+    assert "the same command goes on" in error.splitlines()[-1]
+    last = steps(tmp_path / "run", "proxy")
+    assert (tmp_path / "run" / "checkpoints" / f"proxy_0_{last:08d}").exists()
+
+
+def test_a_trainer_whose_launcher_was_terminated_checkpoints_and_ends(picture_folder, tmp_path):
+    process = start("accelerate", tmp_path / "run", picture_folder)
+    wait_for(lambda: steps(tmp_path / "run", "proxy") >= 4, process)
+    trainers = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    process.wait(60)
+    assert not psutil.wait_procs(trainers, timeout=60)[1]
+    last = steps(tmp_path / "run", "proxy")
+    assert (tmp_path / "run" / "checkpoints" / f"proxy_0_{last:08d}").exists()
+
+
+def test_a_run_folder_in_use_is_refused(picture_folder, tmp_path):
+    process = start("python", tmp_path / "run", picture_folder)
+    wait_for(lambda: steps(tmp_path / "run", "proxy") >= 1, process)
+    second = start("python", tmp_path / "run", picture_folder)
+    _, error = second.communicate(timeout=60)
+    end(process)
+    assert second.returncode == 2
+    assert "in use by another process" in error
