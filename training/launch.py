@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from .files import Refused, sha256_json
@@ -97,11 +98,13 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
     """An Accelerator for the processes that were launched, with every core in use.
 
     Raises:
-        Refused: several processes were launched that cannot find each other; fp16 on a CPU.
+        Refused: several processes were launched that cannot find each other; fp16 on a CPU; a tracker that is missing.
     """
     no_device = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if precision == "fp16" and no_device:
         raise Refused("precision: fp16 needs a GPU; choose auto, fp32 or bf16.")
+    if tracker and tracker not in {kind.value for kind in get_available_trackers()}:
+        raise Refused(f"log.tracker: {tracker} is not installed; install its package, or leave log.tracker out.")
     accelerator = Accelerator(
         cpu=no_device,
         mixed_precision={"fp32": "no"}.get(precision, precision),

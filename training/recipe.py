@@ -28,6 +28,7 @@ from .files import Refused
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Restarts = restricted_number_type("Restarts", int, (">=", 2))
+BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"]
 
 
@@ -127,7 +128,7 @@ class Schedule:
     """Highest learning rate, reached after warm-up; a cosine leads to 0."""
     warmup: NonNegativeFloat = 1.0
     """Linear warm-up, epochs; never more than a tenth of the phase."""
-    momentum: ClosedUnitInterval = 0.9
+    momentum: BelowOne = 0.9
     """Momentum of the optimisers that take one, as sgd; Adam and its like keep their betas."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of weights; biases and norms have none."""
@@ -137,7 +138,7 @@ class Schedule:
     """Layers of a disposable MLP between the backbone and the head."""
     mlp_dim: PositiveInt = 2048
     """Width of the disposable MLP."""
-    ema: ClosedUnitInterval = 0.0
+    ema: BelowOne = 0.0
     """Decay per step of averaged weights that become the result; 0 averages nothing."""
     views: Views = field(default_factory=Views)
 
@@ -191,7 +192,7 @@ class Relearn(Schedule):
     """Normalisation of a frozen low part: by its stored statistics, or by each batch's."""
     mlp_layers: NonNegativeInt = 2
     """Layers of a disposable MLP between the backbone and the head."""
-    label_smoothing: ClosedUnitInterval = 0.0
+    label_smoothing: BelowOne = 0.0
     """Share of the target spread over all clusters."""
 
 
@@ -282,7 +283,10 @@ class Parser(ArgumentParser):
         raise Refused(f"{text} (see --help)") from ex
 
 
-def parser(prog: str = "python -m training", description: str | None = None) -> Parser:
+ABOUT = "A recipe in, a run folder out. Without any argument: the quickstart, on digits. Started again, it goes on."
+
+
+def parser(prog: str = "python -m training", description: str = ABOUT) -> Parser:
     """The command line of everything that takes a recipe: ``--config FILE`` and an option for each field."""
     usage = "%(prog)s [--config RECIPE] [--FIELD VALUE ...]"
     result = Parser(prog=prog, description=description, usage=usage, allow_abbrev=False)
