@@ -7,9 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ import torch
 from PIL import Image
 
 from training import launch
+from training.__main__ import guarded
 from training.images import Images
 from training.loop import Context
 
@@ -106,6 +110,14 @@ def command(module, *arguments, launcher=(), cwd=ROOT, env=None, **kwargs):
         timeout=300,
         **kwargs,
     )
+
+
+def call(main, *arguments):
+    """Run a command in this process, which saves its imports; its stdout, stderr and exit status."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = guarded(main, [str(argument) for argument in arguments])
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def write_png(path, array):

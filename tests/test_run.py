@@ -10,19 +10,20 @@ import pytest
 import timm
 import torch
 
-from tests.conftest import ROOT, TINY_RUN, command
-from training import recipe, records
+from tests.conftest import ROOT, TINY_RUN, call, command
+from training import embed, recipe, records
+from training.__main__ import main
 from training.files import read_json, read_lines, sha256_file
 
 
-def train(folder, data, *more, **kwargs):
-    return command("training", *TINY_RUN, "--data.path", data, "--run", folder, *more, **kwargs)
+def train(folder, data, *more):
+    return call(main, *TINY_RUN, "--data.path", data, "--run", folder, *more)
 
 
 @pytest.fixture(scope="module")
 def finished(picture_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    done = train(folder, picture_folder)
+    done = command("training", *TINY_RUN, "--data.path", picture_folder, "--run", folder)  # as a user would
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -91,7 +92,7 @@ def test_the_same_command_again_does_nothing_again(finished, picture_folder):
 
 def test_the_resolved_recipe_runs_as_it_is(finished, picture_folder):
     folder, _ = finished
-    again = command("training", "--config", folder / "recipe.yaml")
+    again = call(main, "--config", folder / "recipe.yaml")
     assert again.returncode == 0, again.stderr
     assert "measuring" not in again.stdout
 
@@ -128,8 +129,8 @@ print("same")
 def test_embed_writes_features_with_paths_and_earlier_labels(finished, picture_folder, tmp_path):
     folder, _ = finished
     out = tmp_path / "out.parquet"
-    done = command(
-        "training.embed", folder / "hub", "--data.path", picture_folder, "--out", out, "--clusters", folder / "round_1"
+    done = call(
+        embed.main, folder / "hub", "--data.path", picture_folder, "--out", out, "--clusters", folder / "round_1"
     )
     assert done.returncode == 0, done.stderr
     table, labels = pq.read_table(out), pq.read_table(folder / "round_1" / "labels.parquet")
@@ -180,16 +181,13 @@ def test_a_second_round_is_added_to_a_finished_run(finished, picture_folder, tmp
         (["--precision", "fp16"], 2, "precision"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_runs(finished, picture_folder, arguments, status, named, capsys):
-    from training.__main__ import guarded, main
-
+def test_what_cannot_work_is_refused_before_anything_runs(finished, picture_folder, arguments, status, named):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    got = guarded(main, [*TINY_RUN, "--data.path", str(picture_folder), "--run", str(folder), *arguments])
-    error = capsys.readouterr().err
-    assert got == status, error
-    assert error.count("\n") == 1
-    assert named in error
+    done = train(folder, picture_folder, *arguments)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert named in done.stderr
     names = {path: path.stat().st_mtime_ns for path in before}
     assert {p for p in before if names[p] != before[p]} <= {folder / "bad_images.txt"}
 
@@ -242,3 +240,24 @@ def test_a_field_that_no_phase_reads_never_redoes_one():
 def test_the_quickstart_recipe_is_sound():
     made = recipe.parse(["--config", str(ROOT / "hub_configs" / "quickstart" / "recipe.yaml")])
     assert made.run == "runs/quickstart"
+
+
+def test_a_full_disk_and_a_full_memory_are_one_sentence():
+    import errno
+
+    def full(arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/state")
+
+    def large(arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    for failing, said in ((full, "runs/x/state cannot be written: No space left"), (large, "accumulate")):
+        done = call(failing)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_tracker_that_is_not_installed_is_refused(picture_folder, tmp_path):
+    done = train(tmp_path / "run", picture_folder, "--log.tracker", "aim")
+    assert (done.returncode, done.stderr.startswith("error: log.tracker: aim is not installed")) == (2, True)
