@@ -189,11 +189,26 @@ def from_classes(images: Images, context: Context, folder: Path) -> None:
         write_labels(folder / "labels.parquet", images, usable, {name: labels})
 
 
-def read_labels(path: Path) -> tuple[Tensor, list[int]]:
-    """labels.parquet as [N, heads] int64, -1 where there is none, and the number of clusters of each head."""
+def read_labels(path: Path, drop: float = 0.0) -> tuple[Tensor, list[int]]:
+    """labels.parquet as [N, heads] int64, -1 where there is none, and the number of clusters of each head.
+
+    Args:
+        path: the file.
+        drop: share of each cluster, the images farthest from its centroid, that gets -1, too.
+    """
     table = pq.read_table(path)
     k = [int(name.removeprefix("label_")) for name in table.column_names if name.startswith("label_")]
-    return torch.stack([torch.tensor(table[f"label_{n}"].fill_null(-1).to_numpy().astype(np.int64)) for n in k], 1), k
+    columns = []
+    for count in k:
+        labels = table[f"label_{count}"].fill_null(-1).to_numpy().astype(np.int64)
+        if drop and f"distance_{count}" in table.column_names:
+            distances = table[f"distance_{count}"].fill_null(2.0).to_numpy()
+            for number in range(count):
+                members = np.flatnonzero(labels == number)
+                farthest = members[np.argsort(-distances[members], kind="stable")]
+                labels[farthest[: int(drop * len(members))]] = -1
+        columns.append(torch.from_numpy(labels.copy()))
+    return torch.stack(columns, 1), k
 
 
 class Clustered:

@@ -115,6 +115,28 @@ def stages(path: Path, records: list[dict[str, Any]], arms: list[str], split: st
     _save(figure, path)
 
 
+def costs(path: Path, records: list[dict[str, Any]], arms: list[str], split: str) -> None:
+    """Pooled linear accuracy against floating-point operations, a point for each arm, bars from seed to seed."""
+    rows = [r for r in records if (r["protocol"], r["stage"], r["split"]) == ("linear", "pooled", split)]
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    for number, arm in enumerate(arms):
+        here = [r for r in rows if r["arm"] == arm]
+        if not here:
+            continue
+        x, values = np.mean([r["flops"] for r in here]), [100 * r["value"] for r in here]
+        y = np.mean(values)
+        spread = [[y - min(values)], [max(values) - y]]
+        axis.errorbar(x, y, yerr=spread, fmt="o", color=colour(arm, number), capsize=3)
+        axis.annotate(arm, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axis.margins(x=0.2)
+    axis.set_xlabel("floating-point operations (forward, backward, clustering)")
+    axis.set_ylabel(f"linear probe, pooled, top-1 on {split}, %")
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def curves(path: Path, metrics: Path) -> None:
     """Loss and accuracy against images, a column for each phase and round."""
     rows = read_lines(metrics)

@@ -6,7 +6,7 @@ fields meet; what needs the images or the network is checked in `run.py`, still 
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -178,12 +178,14 @@ class Clusters:
 class Relearn(Schedule):
     """Phase 3: the high part from the pseudo-labels"""
 
-    rounds: PositiveInt = 1
-    """Passes of phases 2 and 3."""
+    rounds: NonNegativeInt = 1
+    """Passes of phases 2 and 3; 0 ends with the proxy's backbone."""
     split: int = -3
     """Last stage of the low part, an index into timm's feature_info."""
     reinit: Literal["high", "all", "none"] = "high"
     """Which part starts from new random weights."""
+    drop: BelowOne = 0.0
+    """Share of each cluster, the images farthest from its centroid, that is not learned from."""
     settle: ClosedUnitInterval = 0.1
     """Share of the phase during which the low part is frozen."""
     low_lr: NonNegativeFloat = 1.0
@@ -286,12 +288,12 @@ class Parser(ArgumentParser):
 ABOUT = "A recipe in, a run folder out. Without any argument: the quickstart, on digits. Started again, it goes on."
 
 
-def parser(prog: str = "python -m training", description: str = ABOUT) -> Parser:
-    """The command line of everything that takes a recipe: ``--config FILE`` and an option for each field."""
+def parser(prog: str = "python -m training", description: str = ABOUT, skip: Collection[str] = ()) -> Parser:
+    """The command line of what takes a recipe: ``--config FILE`` and an option for each field that is not skipped."""
     usage = "%(prog)s [--config RECIPE] [--FIELD VALUE ...]"
     result = Parser(prog=prog, description=description, usage=usage, allow_abbrev=False)
     result.add_argument("--config", action="config", help="Recipe, a YAML file; later options override it.")
-    result.add_class_arguments(Recipe, as_group=False)
+    result.add_class_arguments(Recipe, as_group=False, skip=set(skip))
     return result
 
 
@@ -313,7 +315,7 @@ def from_values(values: Any, command: Parser) -> Recipe:
     """What a parser returned, as a checked recipe whose `run` is set."""
     configs = [Path(str(path)) for path in values.pop("config", None) or []]
     made = command.instantiate(values)
-    recipe = Recipe(**{f.name: made[f.name] for f in dataclasses.fields(Recipe)})
+    recipe = Recipe(**{f.name: made[f.name] for f in dataclasses.fields(Recipe) if f.name in made})
     recipe.run = str(run_folder(recipe, configs[-1] if configs else None))
     check(recipe)
     return recipe

@@ -1,7 +1,8 @@
 """A run: proxy, then rounds of clusters and relearning, then what was gained. What exists already is not done again."""
 
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from . import backbone as B
 from . import clusters, export, figures, proxies, records, report
 from .evaluate import evaluate
-from .files import read_json, sha256_file, sha256_json, whole_folder, write_json
+from .files import read_json, sha256_file, sha256_json, whole_file, whole_folder, write_json
+from .images import Images
 from .launch import StopSignals, seed_all
 from .loop import train
 from .recipe import READS, Recipe, phase_fields
@@ -20,28 +22,51 @@ from .relearn import relearn
 from .setup import Run, prepare, refuse_other
 
 
-def run(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Path:
-    """Do everything of a recipe that is not done yet.
+def run(recipe: Recipe, stop: StopSignals) -> Path:
+    """Do everything of a recipe that is not done yet, and report it.
 
     Args:
         recipe: what to do.
         stop: requests to end.
-        arm: what the result is called in records.
 
     Returns:
         The run folder.
     """
-    this = prepare(recipe, stop, arm)
-    measure(this, "random", this.untrained, [])
+    this = prepare(recipe, stop)
+    measure(this, "random", [])
     folders = [phase_proxy(this)]
-    measure(this, "proxy_short", lambda: B.load(folders[0]), folders)
+    measure(this, "proxy_short", folders)
     for number in range(1, this.recipe.relearn.rounds + 1):
-        phase_clusters(this, folders[-1], number)
-        folders.append(phase_relearn(this, folders[-1], number))
-        measure(this, arm, lambda: B.load(folders[-1]), folders)
+        folders.append(one_round(this, folders[-1], number))
+        measure(this, this.arm, folders)
     finish(this, folders)
     this.accelerator.end_training()
     return this.folder
+
+
+def run_arm(recipe: Recipe, stop: StopSignals, arm: str, shared: Path, splits: tuple[Images, Images | None]) -> None:
+    """Do the phases of one arm of a comparison, and measure its last backbone.
+
+    Args:
+        recipe: the arm's.
+        stop: requests to end.
+        arm: what the result is called in records.
+        shared: where phases lie that arms have in common.
+        splits: the images.
+    """
+    this = prepare(recipe, stop, arm, shared, splits)
+    folders = [phase_proxy(this)]
+    for number in range(1, this.recipe.relearn.rounds + 1):
+        folders.append(one_round(this, folders[-1], number))
+    measure(this, arm, folders)
+    if this.lock:
+        this.lock.close()
+
+
+def one_round(this: Run, source: Path, number: int) -> Path:
+    """Phases 2 and 3 over the backbone in `source`; the folder of the relearned one."""
+    phase_clusters(this, source, number)
+    return phase_relearn(this, source, number)
 
 
 # What is done once
@@ -53,16 +78,31 @@ def reads(this: Run, phase: str, **inputs: Path) -> dict[str, Any]:
     return {**phase_fields(this.recipe, phase), "images": this.train.fingerprint, **files}
 
 
-def done(marker: Path, read: dict[str, Any]) -> bool:
-    """Whether a phase was finished before, from the same fields and inputs.
+def done(this: Run, marker: Path, read: dict[str, Any]) -> bool:
+    """Whether a phase was finished before, from the same fields and inputs, here or by another arm.
 
     Raises:
         Refused: it was finished from others.
     """
+    lent = lending(this, marker, read)
+    if not marker.exists() and lent and (lent / marker.name).exists():
+        if this.main:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            for file in sorted(lent.iterdir(), key=lambda file: file.name == marker.name):
+                with whole_file(marker.parent / file.name) as beside:
+                    shutil.copy(file, beside)
+        this.accelerator.wait_for_everyone()
     if not marker.exists():
         return False
     refuse_other(marker, read)
     return True
+
+
+def lending(this: Run, marker: Path, read: dict[str, Any]) -> Path | None:
+    """Where a phase's result lies for other arms; phase 3 is each arm's own."""
+    if this.shared is None or marker.stem == "relearn":
+        return None
+    return this.shared / f"{marker.stem}_{sha256_json(read)[:12]}"
 
 
 @contextmanager
@@ -74,6 +114,10 @@ def phase(this: Run, marker: Path, read: dict[str, Any]) -> Iterator[dict[str, A
     if this.main:
         device = records.device_name(this.accelerator.device.type)
         write_json(marker, {"read": read, "budget": this.context.budget, "device": device, **told})
+        if lent := lending(this, marker, read):
+            with whole_folder(lent) as beside:
+                for file in marker.parent.iterdir():
+                    shutil.copy(file, beside)
     this.accelerator.wait_for_everyone()
 
 
@@ -95,7 +139,7 @@ def phase_proxy(this: Run) -> Path:
     """Phase 1: proxy/, a backbone trained on the proxy task."""
     folder, settings, key = this.folder / "proxy", this.recipe.proxy, this.key("proxy")
     read = reads(this, "proxy")
-    if done(folder / "proxy.json", read):
+    if done(this, folder / "proxy.json", read):
         return folder
     with phase(this, folder / "proxy.json", read):
         seed_all(key.number("weights"))
@@ -114,7 +158,7 @@ def phase_clusters(this: Run, source: Path, number: int) -> Path:
     """Phase 2: labels.parquet in round_N/, from the features of the backbone in `source`."""
     folder, settings = this.folder / f"round_{number}", this.recipe.clusters
     read = reads(this, "clusters", backbone=source / "model.safetensors")
-    if done(folder / "clusters.json", read):
+    if done(this, folder / "clusters.json", read):
         return folder
     with phase(this, folder / "clusters.json", read) as told:
         began = time.perf_counter()
@@ -143,10 +187,10 @@ def phase_relearn(this: Run, source: Path, number: int) -> Path:
     """Phase 3: the backbone of round_N/, its high part learned from that round's pseudo-labels."""
     folder = this.folder / f"round_{number}"
     read = reads(this, "relearn", backbone=source / "model.safetensors", labels=folder / "labels.parquet")
-    if done(folder / "relearn.json", read):
+    if done(this, folder / "relearn.json", read):
         return folder
     with phase(this, folder / "relearn.json", read):
-        labels, classes = clusters.read_labels(folder / "labels.parquet")
+        labels, classes = clusters.read_labels(folder / "labels.parquet", this.recipe.relearn.drop)
         network = relearn(
             this.on_device(B.load(source)),
             this.recipe.model,
@@ -165,8 +209,8 @@ def phase_relearn(this: Run, source: Path, number: int) -> Path:
 # What was gained
 
 
-def measure(this: Run, arm: str, network: Callable[[], nn.Module], folders: list[Path]) -> None:
-    """Evaluate a backbone that the phases in `folders` made, unless its records are there."""
+def measure(this: Run, arm: str, folders: list[Path]) -> None:
+    """Evaluate the backbone that the phases in `folders` made, without any the untrained one, unless that was done."""
     path, number = this.folder / "records.jsonl", max(0, len(folders) - 1)
     weights = sha256_file(folders[-1] / "model.safetensors") if folders else "untrained"
     made_by = ("evaluate", *(("proxy", "clusters", "relearn") if number else ("proxy",) * len(folders)))
@@ -175,9 +219,8 @@ def measure(this: Run, arm: str, network: Callable[[], nn.Module], folders: list
     if known and all(r["recipe_sha256"] == recipe_sha256 for r in known):
         return
     this.context.say(f"measuring {arm}" + (f", round {number}" if number else ""))
-    found = evaluate(
-        this.on_device(network()), this.recipe.evaluate, this.train, this.test, this.proxy.residue, this.context
-    )
+    network = this.on_device(B.load(folders[-1]) if folders else this.untrained())
+    found = evaluate(network, this.recipe.evaluate, this.train, this.test, this.proxy.residue, this.context)
     if this.main:
         markers = [folder / f"{name}.json" for folder in folders for name in READS]
         costs = [read_json(marker)["budget"] for marker in markers if marker.exists()]

@@ -34,6 +34,7 @@ class Run:
         train, test: the splits; test is None without one.
         proxy: class of the proxy task.
         lock: held on the main process while the run lasts.
+        shared: folder of phases that several runs of a comparison have in common; None for a run by itself.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class Run:
     test: Images | None
     proxy: type[BackboneTask]
     lock: IO[str] | None
+    shared: Path | None = None
 
     @property
     def accelerator(self) -> Accelerator:
@@ -68,14 +70,27 @@ class Run:
         return network
 
 
-def prepare(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Run:
+def prepare(
+    recipe: Recipe,
+    stop: StopSignals,
+    arm: str = "sslpp",
+    shared: Path | None = None,
+    splits: tuple[Images, Images | None] | None = None,
+) -> Run:
     """Start the processes, take the run folder, read the images, and refuse what cannot work.
+
+    Args:
+        recipe: what to do; its `run` is set.
+        stop: requests to end.
+        arm: what the result is called in records.
+        shared: where phases lie that several runs have in common.
+        splits: the images, where they are read already.
 
     Raises:
         Refused: naming the field.
     """
     folder, recipe = Path(recipe.run), copy.deepcopy(recipe)
-    recipe.precision = _precision(recipe.precision, folder)
+    recipe.precision = run_precision(recipe.precision, folder)
     proxy = proxies.find(recipe.proxy)
     proxies.options(recipe.proxy)
     network = B.create(recipe.model, recipe.data.size, pretrained=False)
@@ -87,8 +102,10 @@ def prepare(recipe: Recipe, stop: StopSignals, arm: str = "sslpp") -> Run:
     accelerator = start(recipe.precision, recipe.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     lock = lock_folder(folder) if context.main else None
-    train, test = _load_images(recipe, network, context)
-    run = Run(recipe, arm, folder, context, train, test, proxy, lock)
+    train, test = splits or load_images(recipe, network, context)
+    if context.main:
+        _remember(recipe, folder, train, test)
+    run = Run(recipe, arm, folder, context, train, test, proxy, lock, shared)
     _refuse(run)
     if run.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
@@ -112,7 +129,7 @@ def refuse_other(marker: Path, read: dict[str, Any]) -> None:
             )
 
 
-def _precision(asked: str, folder: Path) -> str:
+def run_precision(asked: str, folder: Path) -> str:
     """`auto` as the run folder has it, so that a run goes on as it began, else as the device likes it."""
     before = folder / "recipe.yaml"
     if asked == "auto" and before.exists():
@@ -121,7 +138,8 @@ def _precision(asked: str, folder: Path) -> str:
     return resolve_precision(asked)
 
 
-def _load_images(recipe: Recipe, network: nn.Module, context: Context) -> tuple[Images, Images | None]:
+def load_images(recipe: Recipe, network: nn.Module, context: Context) -> tuple[Images, Images | None]:
+    """The training split and the test split, if there is one, as the network is to see them."""
     data, shared = recipe.data, context.accelerator.num_processes > 1
 
     def load() -> tuple[Images, Images | None]:
@@ -135,7 +153,6 @@ def _load_images(recipe: Recipe, network: nn.Module, context: Context) -> tuple[
     found = None
     if context.main:
         found = load()
-        _remember(recipe, context.folder, *found)
     context.accelerator.wait_for_everyone()
     return found or load()
 

@@ -1,0 +1,170 @@
+"""Arms: the ways to train that a comparison sets side by side, each a recipe with a few fields changed.
+
+All see equally many images: views passed forward and backward count one, the forward passes of phase 2 a third, and an
+arm that clusters less gets the difference as extra steps.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .recipe import Recipe, Schedule
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What budgets are counted from.
+
+    Attributes:
+        training: images that may be drawn.
+        usable: images whose features are clustered, those held out included.
+        views: the proxy's nuisance views.
+    """
+
+    training: int
+    usable: int
+    views: int
+
+
+def images_of(schedule: Schedule, counts: Counts) -> int:
+    """Images that a schedule passes forward and backward."""
+    epoch = counts.training // schedule.batch_size
+    return round(schedule.epochs * epoch) * schedule.batch_size
+
+
+def clustering_images(recipe: Recipe, counts: Counts) -> float:
+    """What the forward passes of one round's phase 2 count."""
+    if recipe.clusters.source == "labels":
+        return 0.0
+    return counts.usable * (counts.views if recipe.clusters.average else 1) / 3
+
+
+def budget(recipe: Recipe, counts: Counts) -> float:
+    """Images that a recipe sees in all."""
+    one_round = images_of(recipe.relearn, counts) + clustering_images(recipe, counts)
+    return images_of(recipe.proxy, counts) + recipe.relearn.rounds * one_round
+
+
+def lengthen(schedule: Schedule, images: float, counts: Counts) -> None:
+    """Set the epochs so that a schedule passes that many images, to within half a batch."""
+    schedule.epochs = round(images / schedule.batch_size) / (counts.training // schedule.batch_size)
+
+
+def random(recipe: Recipe, counts: Counts) -> None:
+    """The untrained network, its batch norms' statistics estimated."""
+    recipe.proxy.epochs, recipe.relearn.rounds = 0.0, 0
+
+
+def proxy_short(recipe: Recipe, counts: Counts) -> None:
+    """Phase 1 as SSL++ uses it."""
+    recipe.relearn.rounds = 0
+
+
+def proxy(recipe: Recipe, counts: Counts) -> None:
+    """The proxy task given the whole budget."""
+    lengthen(recipe.proxy, budget(recipe, counts), counts)
+    recipe.relearn.rounds = 0
+
+
+def clusterfit(recipe: Recipe, counts: Counts) -> None:
+    """Yan et al. 2020: last stage, no whitening, no averaging, one k, a linear head, every layer from random."""
+    whole = budget(recipe, counts)
+    clusters, relearn = recipe.clusters, recipe.relearn
+    clusters.stage, clusters.whiten, clusters.average = -1, 0, False
+    clusters.k = [sorted(clusters.k)[len(clusters.k) // 2]]
+    relearn.rounds, relearn.reinit, relearn.settle = 1, "all", 0.0
+    relearn.mlp_layers, relearn.ema, relearn.label_smoothing, relearn.drop = 0, 0.0, 0.0, 0.0
+    lengthen(relearn, whole - images_of(recipe.proxy, counts) - clustering_images(recipe, counts), counts)
+
+
+def scratch(recipe: Recipe, counts: Counts) -> None:
+    """sslpp's labels, head and views; every layer from random."""
+    recipe.relearn.reinit, recipe.relearn.settle, recipe.relearn.low_lr = "all", 0.0, 1.0
+
+
+def finetune_all(recipe: Recipe, counts: Counts) -> None:
+    """sslpp's labels, head and views; nothing re-initialised, one learning rate, the head alone while sslpp settles."""
+    recipe.relearn.reinit, recipe.relearn.split, recipe.relearn.low_lr = "none", -1, 1.0
+
+
+def keep_high(recipe: Recipe, counts: Counts) -> None:
+    """Exactly sslpp, but the high part continues from the proxy: tests re-initialising alone."""
+    recipe.relearn.reinit = "none"
+
+
+def random_features(recipe: Recipe, counts: Counts) -> None:
+    """Exactly sslpp, but the labels come from the untrained network: what strong views and stable labels give."""
+    recipe.clusters.source = "random"
+
+
+def sslpp(recipe: Recipe, counts: Counts) -> None:
+    """The method."""
+
+
+def supervised(recipe: Recipe, counts: Counts) -> None:
+    """True labels, strong views, the whole budget, every layer from random: the ceiling."""
+    whole = budget(recipe, counts)
+    recipe.clusters.source, recipe.proxy.epochs = "labels", 0.0
+    relearn = recipe.relearn
+    relearn.rounds, relearn.reinit, relearn.settle, relearn.low_lr, relearn.drop = 1, "all", 0.0, 1.0, 0.0
+    lengthen(relearn, whole, counts)
+
+
+ARMS: dict[str, Callable[[Recipe, Counts], None]] = {
+    arm.__name__: arm
+    for arm in (
+        random,
+        proxy_short,
+        proxy,
+        clusterfit,
+        scratch,
+        finetune_all,
+        keep_high,
+        random_features,
+        sslpp,
+        supervised,
+    )
+}
+UNTUNED = ("random", "proxy_short")  # nothing of theirs has a learning rate of its own
+
+
+def strong(recipe: Recipe) -> None:
+    """Give the proxy the views of phase 3."""
+    recipe.proxy.views = copy.deepcopy(recipe.relearn.views)
+
+
+def head(recipe: Recipe) -> None:
+    """Give the proxy the disposable MLP and the averaging of phase 3."""
+    recipe.proxy.mlp_layers, recipe.proxy.mlp_dim = recipe.relearn.mlp_layers, recipe.relearn.mlp_dim
+    recipe.proxy.ema = recipe.relearn.ema
+
+
+def both(recipe: Recipe) -> None:
+    """`strong` and `head`."""
+    strong(recipe)
+    head(recipe)
+
+
+# What else the whole-budget proxy is tried with; the best on the held-out part counts.
+PROXY_VARIANTS: dict[str, Callable[[Recipe], None]] = {"strong views": strong, "mlp": head, "strong views, mlp": both}
+
+
+def build(arm: str, recipe: Recipe, counts: Counts, lr: float = 1.0, variant: str | None = None) -> Recipe:
+    """The recipe of an arm.
+
+    Args:
+        arm: a name of ARMS.
+        recipe: of the method.
+        counts: what budgets are counted from.
+        lr: factor of the learning rate of the arm's own phase.
+        variant: of the proxy arm.
+    """
+    made = copy.deepcopy(recipe)
+    ARMS[arm](made, counts)
+    if arm == "proxy":
+        made.proxy.lr *= lr
+        if variant:
+            PROXY_VARIANTS[variant](made)
+    elif arm not in UNTUNED:
+        made.relearn.lr *= lr
+    return made

@@ -1,0 +1,161 @@
+"""python -m training.compare --config RECIPE --arms … --seeds …: is SSL++ worth it, against what, by how much?
+
+Every arm is a recipe with a few fields changed (`arms.py`) and sees equally many images. Its learning rate is chosen
+from the same small grid, on the held-out part of train, with seed 0. What exists is not done again, so that arms and seeds
+can be added later.
+"""
+
+import copy
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
+
+from . import arms as A
+from . import backbone as B
+from . import contrast, launch, proxies, records, setup
+from .__main__ import guarded
+from .files import Refused, lock_folder, whole_folder, write_text
+from .images import Images
+from .loop import Context
+from .recipe import Parser, Recipe, from_values, parser, to_yaml
+from .run import run_arm
+
+GRID_SEED = 0
+GRID = (0.25, 1.0, 4.0)
+
+
+def command() -> Parser:
+    made = parser("python -m training.compare", "Compare SSL++ with its controls at an equal budget.", skip={"seed"})
+    made.add_argument("--arms", type=list[str], default=list(A.ARMS), help="Arms to compare.")
+    made.add_argument("--seeds", type=list[NonNegativeInt], default=[0, 1, 2], help="Seeds of every arm.")
+    made.add_argument(
+        "--grid", type=list[PositiveFloat], default=list(GRID), help="Factors of the learning rate that each arm tries."
+    )
+    return made
+
+
+def main(arguments: Sequence[str]) -> None:
+    made = command()
+    try:
+        values = made.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise Refused(str(error)) from error
+    arms, seeds, grid = values.pop("arms"), values.pop("seeds"), values.pop("grid")
+    for arm in arms:
+        if arm not in A.ARMS:
+            raise Refused(f"--arms: there is no arm {arm!r}; there are {', '.join(A.ARMS)}.")
+    if not arms or not seeds or not grid:
+        raise Refused("--arms, --seeds and --grid need at least one value each.")
+    with launch.StopSignals() as stop:
+        compare(from_values(values, made), [a for a in A.ARMS if a in arms], seeds, grid, stop)
+
+
+@dataclass
+class Comparison:
+    """What the arms of a comparison share.
+
+    Attributes:
+        recipe: of the method, precision resolved.
+        folder: runs/NAME.
+        grid: factors of the learning rate.
+        counts: what budgets are counted from.
+        images: the splits.
+        context: processes and requests to end.
+    """
+
+    recipe: Recipe
+    folder: Path
+    grid: list[float]
+    counts: A.Counts
+    images: tuple[Images, Images | None]
+    context: Context
+
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        """Add to the comparison's records."""
+        if self.context.main:
+            records.write(self.folder / "records.jsonl", rows)
+        self.context.accelerator.wait_for_everyone()
+
+    def grid_folder(self, arm: str, lr: float, variant: str | None) -> Path:
+        """Where an arm with a setting of the grid is run."""
+        name = f"{arm}.x{lr:g}" + (f".{variant}" if variant else "")
+        return self.folder / "grid" / name.replace(", ", "_").replace(" ", "_")
+
+    def run(
+        self, folder: Path, arm: str, seed: int, lr: float, variant: str | None, test: bool
+    ) -> list[dict[str, Any]]:
+        """Run an arm in `folder`, unless it is done; its records."""
+        made = A.build(arm, self.recipe, self.counts, lr, variant)
+        made.run, made.seed = str(folder), seed
+        made.evaluate.test = made.evaluate.test and test
+        run_arm(made, self.context.stop, arm, self.folder / f"seed_{seed}" / "shared", self.images)
+        return [r for r in records.read(folder / "records.jsonl") if r["arm"] == arm]
+
+    def tried(self, arm: str, lr: float, variant: str | None) -> float:
+        """Pooled linear accuracy on the held-out part of an arm with a setting, which the records keep."""
+        rows = self.run(self.grid_folder(arm, lr, variant), arm, GRID_SEED, lr, variant, test=False)
+        self.keep([{**row, "variant": f"lr x{lr:g}" + (f", {variant}" if variant else "")} for row in rows])
+        pooled = records.value(rows, protocol="linear", stage="pooled", split="val")
+        # Without labels nothing can be chosen by accuracy: the recipe's own setting stays.
+        return -abs(lr - 1.0) if pooled is None else pooled
+
+    def choose(self, arm: str) -> tuple[float, str | None]:
+        """The arm's learning-rate factor, and for the proxy its variant, that do best on the held-out part."""
+        if arm in A.UNTUNED or (len(self.grid) == 1 and arm != "proxy"):
+            return self.grid[0], None
+        by_lr = {lr: self.tried(arm, lr, None) for lr in self.grid} if len(self.grid) > 1 else {self.grid[0]: 0.0}
+        lr = max(by_lr, key=by_lr.get)
+        if arm != "proxy" or len(self.grid) == 1:
+            return lr, None
+        by_variant = {None: by_lr[lr], **{name: self.tried(arm, lr, name) for name in A.PROXY_VARIANTS}}
+        return lr, max(by_variant, key=by_variant.get)
+
+
+def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float], stop: launch.StopSignals) -> None:
+    """Run every arm with every seed, and report.
+
+    Args:
+        recipe: of the method.
+        arms: names of arms.
+        seeds: of the runs.
+        grid: factors of the learning rate; one alone is taken as it is.
+        stop: requests to end.
+    """
+    folder = Path(recipe.run)
+    recipe = copy.deepcopy(recipe)
+    recipe.precision = setup.run_precision(recipe.precision, folder)
+    network = B.create(recipe.model, recipe.data.size, pretrained=False)
+    accelerator = launch.start(recipe.precision, None, str(folder))
+    context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
+    lock = lock_folder(folder) if context.main else None
+    images = setup.load_images(recipe, network, context)
+    if context.main:
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
+    views = len(proxies.find(recipe.proxy).nuisance)
+    counts = A.Counts(len(images[0].train), len(images[0].all), views)
+    this = Comparison(recipe, folder, grid, counts, images, context)
+    context.say(f"{len(arms)} arms, seeds {seeds}, {round(A.budget(recipe, counts)):,} images each")
+    for arm in arms:
+        lr, variant = this.choose(arm)
+        for seed in seeds:
+            place = folder / f"seed_{seed}" / arm
+            tried = this.grid_folder(arm, lr, variant)
+            if context.main and seed == GRID_SEED and tried.exists() and not place.exists():
+                with whole_folder(place) as beside:  # the same run; only the test split was left alone there
+                    shutil.copytree(tried, beside, ignore=shutil.ignore_patterns("records.jsonl"), dirs_exist_ok=True)
+            accelerator.wait_for_everyone()
+            this.keep(this.run(place, arm, seed, lr, variant, test=True))
+    if context.main:
+        context.say(contrast.write(folder))
+    if lock:
+        lock.close()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

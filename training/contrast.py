@@ -1,0 +1,143 @@
+"""A comparison's records to tables and figures: means, paired differences over seeds, and their intervals."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from . import figures, records, report
+from .files import write_text
+
+Records = list[dict[str, Any]]
+KNN = 20
+METRICS = {
+    "linear pooled": "linear probe, pooled",
+    "linear best": "linear probe, best stage",
+    "linear last": "linear probe, last stage",
+    "linear drop": "linear probe, drop from the best stage to the last",
+    "knn pooled": f"nearest neighbours (k = {KNN}), pooled",
+    "knn best": f"nearest neighbours (k = {KNN}), best stage",
+    "knn last": f"nearest neighbours (k = {KNN}), last stage",
+    "knn drop": f"nearest neighbours (k = {KNN}), drop from the best stage to the last",
+    "residue pooled": "residue of the proxy, pooled",
+}
+
+
+def final(rows: Records) -> Records:
+    """The records of the comparison itself, those of the grid left out."""
+    return [row for row in rows if not row.get("variant")]
+
+
+def metric(rows: Records, arm: str, seed: int, name: str, split: str) -> float | None:
+    """A metric of one arm and seed in points, None where it was not measured."""
+    protocol, which = name.split()
+    found = [r for r in rows if (r["arm"], r["seed"], r["protocol"], r["split"]) == (arm, seed, protocol, split)]
+    found = [r for r in found if protocol != "knn" or r["settings"]["k"] == min(KNN, r["settings"]["n"])]
+    by_stage = {r["stage"]: 100 * r["value"] for r in found}
+    pooled, stages = by_stage.pop("pooled", None), sorted(by_stage)
+    if which == "pooled" or not stages:
+        return pooled
+    best, last = max(by_stage.values()), by_stage[stages[-1]]
+    return {"best": best, "last": last, "drop": best - last}[which]
+
+
+def arms_and_seeds(rows: Records) -> tuple[list[str], list[int]]:
+    """The arms in the order that they were run in, and the seeds."""
+    return list(dict.fromkeys(r["arm"] for r in rows)), sorted({r["seed"] for r in rows})
+
+
+def interval(differences: list[float]) -> tuple[float, float] | None:
+    """The 95 % t interval of the mean of paired differences; None for fewer than two."""
+    count = len(differences)
+    if count < 2:
+        return None
+    mean = sum(differences) / count
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1))
+    half = float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    return mean - half, mean + half
+
+
+def contrast(rows: Records, name: str, split: str, arms: list[str] | None = None) -> list[list[str]]:
+    """A metric's table: each arm's mean, sslpp minus the arm for every seed, and the interval of that difference."""
+    every, seeds = arms_and_seeds(rows)
+    lines = [[METRICS[name], "mean", *(f"seed {s}" for s in seeds), "95 % interval", "differs"]]
+    for arm in arms or every:
+        values = {seed: metric(rows, arm, seed, name, split) for seed in seeds}
+        known = [v for v in values.values() if v is not None]
+        if not known:
+            continue
+        line = [arm, f"{sum(known) / len(known):.1f}"]
+        ours = {seed: metric(rows, "sslpp", seed, name, split) for seed in seeds}
+        paired = {s: ours[s] - values[s] for s in seeds if values[s] is not None and ours[s] is not None}
+        if arm == "sslpp" or not paired:
+            lines.append([*line, *(f"({values[s]:.1f})" if values[s] is not None else "" for s in seeds), "", ""])
+            continue
+        line += [f"{paired[s]:+.1f}" if s in paired else "" for s in seeds]
+        found = interval(list(paired.values()))
+        inside = found is not None and found[0] <= 0 <= found[1]
+        told = (f"{found[0]:+.1f} to {found[1]:+.1f}", "no" if inside else "yes") if found else ("one seed", "?")
+        lines.append([*line, *told])
+    return lines
+
+
+def summary(rows: Records, split: str, arms: list[str] | None = None) -> list[list[str]]:
+    """Every arm's means and what it cost."""
+    every, seeds = arms_and_seeds(rows)
+    head = ["mean over seeds, %", "linear", "best stage", "last", "drop", f"kNN {KNN}", "drop", "residue"]
+    lines = [[*head, "images seen", "operations", "minutes"]]
+    for arm in arms or every:
+        cells = [arm]
+        for name in (
+            "linear pooled", "linear best", "linear last", "linear drop", "knn pooled", "knn drop", "residue pooled",
+        ):  # fmt: skip
+            known = [v for s in seeds if (v := metric(rows, arm, s, name, split)) is not None]
+            cells.append(f"{sum(known) / len(known):.1f}" if known else "")
+        one = [r for r in rows if r["arm"] == arm]
+        if one:
+            cost = {k: sum(r[k] for r in one) / len(one) for k in ("images_seen", "flops", "seconds")}
+            told = (f"{cost['images_seen']:,.0f}", f"{cost['flops']:.2e}", f"{cost['seconds'] / 60:.0f}")
+            lines.append([*cells, *told])
+    return lines
+
+
+def grid(rows: Records) -> list[list[str]]:
+    """What was tried for each arm on the held-out part of train."""
+    tried: dict[tuple[str, str], float] = {}
+    for r in rows:
+        if r.get("variant") and (r["protocol"], r["stage"], r["split"]) == ("linear", "pooled", "val"):
+            tried[r["arm"], r["variant"]] = 100 * r["value"]
+    best = {arm: max(v for (a, _), v in tried.items() if a == arm) for arm, _ in tried}
+    lines = [["linear probe, pooled, on the held-out part", "setting", "top-1 %", "chosen"]]
+    for (arm, setting), value in tried.items():
+        lines.append([arm, setting, f"{value:.1f}", "yes" if value == best[arm] else ""])
+    return lines
+
+
+def write(folder: Path) -> str:
+    """Write a comparison's report.md and figures from its records; the text for the screen."""
+    rows = records.read(folder / "records.jsonl")
+    shown, split = final(rows), report.split_of(final(rows))
+    arms, seeds = arms_and_seeds(shown)
+    figures.stages(folder / "report" / "stages.png", shown, arms, split)
+    figures.costs(folder / "report" / "operations.png", shown, arms, split)
+    where = {"val": "the held-out part of train", "test": "the test split"}[split]
+    intro = (
+        f"Top-1 on {where}, seeds {', '.join(map(str, seeds))}. Differences are sslpp minus the arm, paired by seed: "
+        "positive ones speak for SSL++, but for drop and residue, where less is better. A difference counts only if "
+        "its 95 % t interval excludes 0."
+    )
+    tables = [summary(shown, split), *(contrast(shown, name, split) for name in METRICS)]
+    tables = [lines for lines in tables if len(lines) > 1]
+    tried = grid(rows)
+    parts = [f"# {folder.name}", intro, *map(report.as_markdown, tables)]
+    for name, caption in (("stages", "Accuracy and residue by stage"), ("operations", "Accuracy against operations")):
+        if (folder / "report" / f"{name}.png").exists():
+            parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")
+    if len(tried) > 1:
+        parts += ["## Learning rates", report.as_markdown(tried)]
+    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+    screen = [
+        report.as_text(lines) for lines in tables if lines[0][0] in (METRICS["linear pooled"], METRICS["knn pooled"])
+    ]
+    return "\n\n".join(["", intro, report.as_text(tables[0]), *screen, f"More, with figures: {folder / 'report.md'}"])
