@@ -1,8 +1,8 @@
 """python -m training.compare --config RECIPE --arms … --seeds …: is SSL++ worth it, against what, by how much?
 
 Every arm is a recipe with a few fields changed (`arms.py`) and sees equally many images. Its learning rate is chosen
-from the same small grid, on the held-out part of train, with seed 0. What exists is not done again, so that arms and seeds
-can be added later.
+from the same small grid, on the held-out part of train, with seed 0. What exists is not done again, so that arms and
+seeds can be added later.
 """
 
 import copy

@@ -190,7 +190,7 @@ class Relearn(Schedule):
     """Share of the phase during which the low part is frozen."""
     low_lr: NonNegativeFloat = 1.0
     """Learning rate of the low part after that, as a share of lr; 0 keeps it frozen."""
-    low_norm: Literal["eval", "train"] = "train"
+    low_norm: Literal["eval", "train"] = "eval"
     """Normalisation of a frozen low part: by its stored statistics, or by each batch's."""
     mlp_layers: NonNegativeInt = 2
     """Layers of a disposable MLP between the backbone and the head."""

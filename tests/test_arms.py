@@ -1,0 +1,90 @@
+"""Arms: what each changes, and that all see equally many images."""
+
+import dataclasses
+
+import pytest
+
+from training import arms as A
+from training import recipe
+from training.loop import steps_of
+
+COUNTS = A.Counts(training=1000, usable=1100, views=8)
+
+
+def method(**changes):
+    arguments = ["--data.path", "digits", "--proxy.epochs", "5", "--relearn.epochs", "7", "--clusters.k", "[30,100,10]"]
+    arguments += ["--proxy.batch_size", "64", "--relearn.batch_size", "48", "--relearn.ema", "0.99"]
+    for name, value in changes.items():
+        arguments += [f"--{name.replace('__', '.')}", str(value)]
+    return recipe.parse(arguments)
+
+
+def seen(made):
+    """Images as the loop will count them, by its own step counts."""
+    total = steps_of(made.proxy, COUNTS.training, "proxy")[1] * made.proxy.batch_size if made.proxy.epochs else 0
+    for _ in range(made.relearn.rounds):
+        total += steps_of(made.relearn, COUNTS.training, "relearn")[1] * made.relearn.batch_size
+        if made.clusters.source != "labels":
+            total += COUNTS.usable * (COUNTS.views if made.clusters.average else 1) / 3
+    return total
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("average", ["true", "false"])
+@pytest.mark.parametrize("arm", [arm for arm in A.ARMS if arm not in A.UNTUNED])
+def test_every_arm_sees_the_same_images_to_within_a_batch(arm, average, rounds):
+    base = method(relearn__rounds=rounds, clusters__average=average)
+    made = A.build(arm, base, COUNTS)
+    batch = max(made.proxy.batch_size, made.relearn.batch_size)
+    assert abs(seen(made) - A.budget(base, COUNTS)) <= batch
+    assert abs(seen(base) - A.budget(base, COUNTS)) < 1
+
+
+def test_an_arm_leaves_the_method_as_it_was():
+    base = method()
+    before = dataclasses.asdict(base)
+    for arm in A.ARMS:
+        A.build(arm, base, COUNTS, lr=4.0)
+    assert dataclasses.asdict(base) == before
+
+
+def changed(arm, **options):
+    base = method()
+    made = A.build(arm, base, COUNTS, **options)
+    one, other = dataclasses.asdict(base), dataclasses.asdict(made)
+    return {
+        f"{part}.{name}": value
+        for part in ("model", "data", "proxy", "clusters", "relearn", "evaluate")
+        for name, value in other[part].items()
+        if one[part][name] != value
+    }
+
+
+def test_what_the_arms_change():
+    assert changed("sslpp") == {}
+    assert changed("keep_high") == {"relearn.reinit": "none"}
+    assert changed("random_features") == {"clusters.source": "random"}
+    assert changed("scratch") == {"relearn.reinit": "all", "relearn.settle": 0.0}
+    assert changed("finetune_all") == {"relearn.reinit": "none", "relearn.split": -1}
+    assert changed("random") == {"proxy.epochs": 0.0, "relearn.rounds": 0}
+    assert changed("proxy_short") == {"relearn.rounds": 0}
+    assert set(changed("proxy")) == {"proxy.epochs", "relearn.rounds"}
+    fit = changed("clusterfit")
+    assert fit.pop("relearn.epochs") > 7
+    assert fit == {
+        "clusters.stage": -1, "clusters.whiten": 0, "clusters.average": False, "clusters.k": [30],
+        "relearn.reinit": "all", "relearn.settle": 0.0, "relearn.mlp_layers": 0, "relearn.ema": 0.0,
+    }  # fmt: skip
+    assert changed("supervised")["clusters.source"] == "labels"
+
+
+def test_a_learning_rate_is_that_of_the_arms_own_phase():
+    assert changed("sslpp", lr=0.25) == {"relearn.lr": pytest.approx(0.025)}
+    assert changed("proxy", lr=4.0)["proxy.lr"] == pytest.approx(0.4)
+    assert changed("proxy_short", lr=4.0) == {"relearn.rounds": 0}
+
+
+def test_variants_of_the_proxy_take_phase_3s_views_and_head():
+    assert set(changed("proxy", variant="strong views")) == {"proxy.epochs", "relearn.rounds", "proxy.views"}
+    assert set(changed("proxy", variant="mlp")) == {"proxy.epochs", "relearn.rounds", "proxy.mlp_layers", "proxy.ema"}
+    assert set(A.PROXY_VARIANTS) == {"strong views", "mlp", "strong views, mlp"}

@@ -1,0 +1,145 @@
+"""The real comparison on tiny data: killed and resumed, added to, its budgets and tables."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, TINY_RUN, call
+from training import compare, contrast, records
+from training.files import read_json
+
+ARMS = '["random","proxy","scratch","keep_high","sslpp"]'
+TINY = [
+    *TINY_RUN,
+    "--proxy.epochs",
+    "1",
+    "--relearn.epochs",
+    "1",
+    "--arms",
+    ARMS,
+    "--seeds",
+    "[0,1]",
+    "--grid",
+    "[1,4]",
+]
+
+
+def start(folder, data):
+    return subprocess.Popen(
+        [sys.executable, "-m", "training.compare", *TINY, "--data.path", data, "--run", folder],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(picture_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = call(compare.main, *TINY, "--data.path", picture_folder, "--run", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_every_arm_and_seed_has_its_records_and_budget(finished):
+    folder, _ = finished
+    final = contrast.final(records.read(folder / "records.jsonl"))
+    arms = {(r["arm"], r["seed"]) for r in final}
+    assert arms == {(a, s) for a in ("random", "proxy", "scratch", "keep_high", "sslpp") for s in (0, 1)}
+    seen = {r["arm"]: r["images_seen"] for r in final if r["arm"] != "random"}
+    assert max(seen.values()) - min(seen.values()) <= 8
+    flops = {r["arm"]: r["flops"] for r in final}
+    assert flops["sslpp"] < flops["scratch"]  # a frozen low part needs no backward pass
+    assert flops["random"] == 0
+
+
+def test_phases_that_arms_share_are_done_once(finished):
+    folder, _ = finished
+    for seed in (0, 1):
+        shared = [path.name.split("_")[0] for path in (folder / f"seed_{seed}" / "shared").iterdir()]
+        proxies = 3 + 4 * (seed == 0)  # sslpp's, random's, the whole-budget one; in the grid four more of these
+        assert shared.count("clusters") == 1
+        assert 3 <= shared.count("proxy") <= proxies
+        weights = {
+            (folder / f"seed_{seed}" / arm / "proxy" / "model.safetensors").read_bytes()
+            for arm in ("scratch", "keep_high", "sslpp")
+        }
+        assert len(weights) == 1
+
+
+def test_the_test_split_is_not_read_while_a_setting_is_chosen(finished):
+    folder, _ = finished
+    rows = records.read(folder / "records.jsonl")
+    assert {r["split"] for r in rows if r.get("variant")} == {"val"}
+    assert {r["split"] for r in contrast.final(rows)} == {"val", "test"}
+    assert {r["variant"] for r in rows if r.get("variant") and r["arm"] == "proxy"} >= {"lr x1", "lr x4"}
+    assert len({r["variant"] for r in rows if r.get("variant") and r["arm"] == "proxy"}) == 5
+
+
+def test_the_setting_that_did_best_is_the_one_that_counts(finished):
+    folder, _ = finished
+    tried = {}
+    for r in records.read(folder / "records.jsonl"):
+        if r.get("variant") and (r["arm"], r["protocol"], r["stage"]) == ("scratch", "linear", "pooled"):
+            tried[r["variant"]] = r["value"]
+    best = max(tried, key=tried.get)
+    chosen = read_json(folder / "seed_1" / "scratch" / "round_1" / "relearn.json")["read"]["relearn.lr"]
+    assert chosen == pytest.approx(0.02 * float(best.removeprefix("lr x")))
+
+
+def test_killed_twice_and_resumed_it_ends_in_the_same_table(finished, picture_folder, tmp_path):
+    whole, _ = finished
+    torn = tmp_path / "whole"
+    for until in ("grid/scratch.x4/round_1", "seed_1/keep_high/proxy"):
+        process = start(torn, picture_folder)
+        end = time.monotonic() + 200
+        while not (torn / until).exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    again = call(compare.main, *TINY, "--data.path", picture_folder, "--run", torn)
+    assert again.returncode == 0, again.stderr
+
+    def table(folder):
+        rows = contrast.final(records.read(folder / "records.jsonl"))
+        return [contrast.contrast(rows, name, "test") for name in contrast.METRICS]
+
+    assert table(torn) == table(whole)
+
+
+def test_arms_are_added_without_doing_others_again(finished, picture_folder):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    more = [*TINY, "--arms", '["sslpp","finetune_all"]', "--seeds", "[1]"]
+    done = call(compare.main, *more, "--data.path", picture_folder, "--run", folder)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    report = (folder / "report.md").read_text()
+    for arm in ("random", "proxy", "scratch", "keep_high", "sslpp", "finetune_all"):
+        assert f"| {arm} |" in report
+    for name in ("stages", "operations"):
+        assert (folder / "report" / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--arms", '["magic"]'], "--arms"),
+        (["--seeds", "[]"], "--seeds"),
+        (["--grid", "[0]"], "grid"),
+        (["--seed", "3"], "seed"),
+    ],
+)
+def test_what_is_wrong_is_refused(picture_folder, tmp_path, arguments, named):
+    done = call(compare.main, *TINY, *arguments, "--data.path", picture_folder, "--run", tmp_path / "x")
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert not (tmp_path / "x").exists()

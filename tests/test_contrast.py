@@ -1,0 +1,62 @@
+"""Paired differences and intervals against plain formulas."""
+
+import pytest
+from scipy import stats
+
+from tests.test_report import record
+from training import contrast
+
+
+def rows():
+    found = []
+    values = {"sslpp": (0.60, 0.62, 0.64), "scratch": (0.58, 0.59, 0.63), "random": (0.30, 0.31, 0.29)}
+    for arm, by_seed in values.items():
+        for seed, value in enumerate(by_seed):
+            for stage, shift in ((0, -0.1), (1, 0.02), (2, 0.0), ("pooled", 0.0)):
+                cost = {"seed": seed, "flops": 1e9, "seconds": 60.0}
+                found.append({**record(arm, stage, value + shift, C=0.1, n=100), **cost})
+                found.append({**record(arm, stage, value + shift - 0.1, "knn", k=20, n=100), **cost})
+                found.append({**record(arm, stage, value + shift - 0.2, "knn", k=100, n=100), **cost})
+    return found
+
+
+def test_the_interval_is_students():
+    differences = [1.0, 2.5, 0.5, 3.0]
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert contrast.interval(differences) == pytest.approx((expected.low, expected.high))
+    assert contrast.interval([1.0]) is None
+
+
+def test_metrics_are_read_off_the_stages():
+    values = {name: contrast.metric(rows(), "sslpp", 1, name, "test") for name in contrast.METRICS}
+    assert values["linear pooled"] == pytest.approx(62)
+    assert values["linear best"] == pytest.approx(64)
+    assert values["linear last"] == pytest.approx(62)
+    assert values["linear drop"] == pytest.approx(2)
+    assert values["knn pooled"] == pytest.approx(52)
+    assert values["residue pooled"] is None
+
+
+def test_differences_are_paired_by_seed():
+    lines = contrast.contrast(rows(), "linear pooled", "test")
+    assert lines[0][1:] == ["mean", "seed 0", "seed 1", "seed 2", "95 % interval", "differs"]
+    told = {line[0]: line[1:] for line in lines[1:]}
+    assert told["sslpp"][:4] == ["62.0", "(60.0)", "(62.0)", "(64.0)"]
+    assert told["scratch"][:4] == ["60.0", "+2.0", "+3.0", "+1.0"]
+    low, high = contrast.interval([2.0, 3.0, 1.0])
+    assert told["scratch"][4] == f"{low:+.1f} to {high:+.1f}"
+    assert (told["scratch"][5], told["random"][5]) == ("no", "yes")
+
+
+def test_one_seed_claims_nothing():
+    one = [r for r in rows() if r["seed"] == 0]
+    told = {line[0]: line[1:] for line in contrast.contrast(one, "linear pooled", "test")[1:]}
+    assert told["scratch"] == ["58.0", "+2.0", "one seed", "?"]
+
+
+def test_what_the_grid_tried_is_no_result():
+    tried = [{**r, "variant": "lr x4", "split": "val"} for r in rows() if r["arm"] == "scratch" and r["seed"] == 0]
+    tried += [{**r, "variant": "lr x1", "split": "val", "value": 0.1} for r in tried]
+    every = rows() + tried
+    assert contrast.final(every) == rows()
+    assert contrast.grid(every)[1:] == [["scratch", "lr x4", "58.0", "yes"], ["scratch", "lr x1", "10.0", ""]]
