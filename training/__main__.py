@@ -1,4 +1,4 @@
-"""python -m training: a recipe in, a run folder out. Without any argument, the quickstart."""
+"""python -m training: a recipe in, a run folder out. Without any argument, the quickstart: a comparison on digits."""
 
 import errno
 import sys
@@ -11,12 +11,18 @@ QUICKSTART = Path(__file__).parent.parent / "hub_configs" / "quickstart" / "reci
 
 
 def main(arguments: Sequence[str]) -> None:
+    if not arguments:
+        from . import compare
+
+        arms = ["random", "proxy", "scratch", "finetune_all", "sslpp"]
+        compare.main(["--config", str(QUICKSTART)], arms=arms, seeds=[3, 4, 5], grid=[1.0])
+        return
     from .launch import StopSignals
     from .recipe import parse
     from .run import run
 
     with StopSignals() as stop:
-        run(parse(arguments or ["--config", str(QUICKSTART)]), stop)
+        run(parse(arguments), stop)
 
 
 def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

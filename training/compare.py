@@ -24,7 +24,7 @@ from .files import Refused, lock_folder, whole_folder, write_text
 from .images import Images
 from .loop import Context
 from .recipe import Parser, Recipe, from_values, parser, to_yaml
-from .run import run_arm
+from .run import run, run_arm
 
 GRID_SEED = 0
 GRID = (0.25, 1.0, 4.0)
@@ -40,8 +40,10 @@ def command() -> Parser:
     return made
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], **defaults: Any) -> None:
+    """The command; `defaults` are other values of its options."""
     made = command()
+    made.set_defaults(defaults)
     try:
         values = made.parse_args(list(arguments))
     except ArgumentError as error:
@@ -87,13 +89,19 @@ class Comparison:
         name = f"{arm}.x{lr:g}" + (f".{variant}" if variant else "")
         return self.folder / "grid" / name.replace(", ", "_").replace(" ", "_")
 
+    def recipe_of(self, folder: Path, arm: str, seed: int, lr: float, variant: str | None) -> Recipe:
+        """The recipe of an arm that is run in `folder`."""
+        made = A.build(arm, self.recipe, self.counts, lr, variant)
+        made.run, made.seed = str(folder), seed
+        return made
+
     def run(
         self, folder: Path, arm: str, seed: int, lr: float, variant: str | None, test: bool
     ) -> list[dict[str, Any]]:
         """Run an arm in `folder`, unless it is done; its records."""
-        made = A.build(arm, self.recipe, self.counts, lr, variant)
-        made.run, made.seed = str(folder), seed
+        made = self.recipe_of(folder, arm, seed, lr, variant)
         made.evaluate.test = made.evaluate.test and test
+        self.context.say(f"-- {arm}, seed {seed}, learning rate x{lr:g}" + (f", {variant}" if variant else ""))
         run_arm(made, self.context.stop, arm, self.folder / f"seed_{seed}" / "shared", self.images)
         return [r for r in records.read(folder / "records.jsonl") if r["arm"] == arm]
 
@@ -151,6 +159,9 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
                     shutil.copytree(tried, beside, ignore=shutil.ignore_patterns("records.jsonl"), dirs_exist_ok=True)
             accelerator.wait_for_everyone()
             this.keep(this.run(place, arm, seed, lr, variant, test=True))
+        if arm == "sslpp":  # whose backbone is worth having: with a report and hub/ of its own
+            place = folder / f"seed_{seeds[0]}" / arm
+            run(this.recipe_of(place, arm, seeds[0], lr, variant), stop, images)
     if context.main:
         context.say(contrast.write(folder))
     if lock:

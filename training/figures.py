@@ -16,19 +16,24 @@ from .views import as_float, resized_crop
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"random": "#8c8c8c", "proxy_short": "#3b75af", "proxy": "#3b75af", "sslpp": "#e1812c"}
-OTHERS = ("#3a923a", "#c03d3e", "#9372b2", "#845b53", "#d684bd", "#a9a922", "#2ab7ca")
+COLOURS = {
+    "random": "#8c8c8c",
+    "proxy_short": "#8fb8de",
+    "proxy": "#3b75af",
+    "clusterfit": "#845b53",
+    "scratch": "#c03d3e",
+    "finetune_all": "#3a923a",
+    "keep_high": "#2ab7ca",
+    "random_features": "#b8a1cf",
+    "sslpp": "#e1812c",
+    "supervised": "#333333",
+}
 TILE = 64  # px of an image in a sheet
 PANELS = (
     ("linear", None, "linear probe"),
     ("knn", 20, "nearest neighbours"),
     ("residue", None, "residue of the proxy"),
 )
-
-
-def colour(arm: str, number: int = 0) -> str:
-    """An arm's colour, the same in every figure."""
-    return COLOURS.get(arm, OTHERS[number % len(OTHERS)])
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -94,24 +99,22 @@ def stages(path: Path, records: list[dict[str, Any]], arms: list[str], split: st
         k = k if k in present else min(present, default=None, key=lambda n: n or 0)
         rows = [r for r in rows if r["settings"].get("k") == k]
         places = sorted({r["stage"] for r in rows if r["stage"] != "pooled"})
-        for number, arm in enumerate(arms):
+        for arm in arms:
             values = [
                 [100 * r["value"] for r in rows if r["arm"] == arm and r["stage"] == s] for s in (*places, "pooled")
             ]
             if not all(values):
                 continue
             x = [*places, max(places, default=0) + 1]
-            axis.plot(x, [np.mean(v) for v in values], "o-", ms=4, color=colour(arm, number), label=arm)
-            axis.fill_between(
-                x, [min(v) for v in values], [max(v) for v in values], color=colour(arm, number), alpha=0.2
-            )
+            axis.plot(x, [np.mean(v) for v in values], "o-", ms=4, color=COLOURS[arm], label=arm)
+            axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=COLOURS[arm], alpha=0.12)
         axis.set_xticks([*places, max(places, default=0) + 1], [*map(str, places), "pooled"])
         axis.set_title(f"{title}, k = {k}" if k else title, fontsize=10)
         axis.set_xlabel("stage")
         axis.set_ylabel(f"top-1 on {split}, %")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(figure, path)
 
 
@@ -121,16 +124,15 @@ def costs(path: Path, records: list[dict[str, Any]], arms: list[str], split: str
     if not rows:
         return
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    for number, arm in enumerate(arms):
+    for arm in arms:
         here = [r for r in rows if r["arm"] == arm]
         if not here:
             continue
         x, values = np.mean([r["flops"] for r in here]), [100 * r["value"] for r in here]
         y = np.mean(values)
         spread = [[y - min(values)], [max(values) - y]]
-        axis.errorbar(x, y, yerr=spread, fmt="o", color=colour(arm, number), capsize=3)
-        axis.annotate(arm, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axis.margins(x=0.2)
+        axis.errorbar(x, y, yerr=spread, fmt="o", color=COLOURS[arm], capsize=3, label=arm)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     axis.set_xlabel("floating-point operations (forward, backward, clustering)")
     axis.set_ylabel(f"linear probe, pooled, top-1 on {split}, %")
     axis.grid(alpha=0.3)
@@ -148,7 +150,7 @@ def curves(path: Path, metrics: Path) -> None:
         here = [row for row in rows if (row["phase"], row["round"]) == (name, number)]
         x = [row["images"] for row in here]
         for axis, metric in zip(axes[:, column], ("loss", "accuracy"), strict=True):
-            axis.plot(x, [row.get(metric, np.nan) for row in here], lw=1, color=colour("sslpp" if number else "proxy"))
+            axis.plot(x, [row.get(metric, np.nan) for row in here], lw=1, color=COLOURS["sslpp" if number else "proxy"])
             axis.set_ylabel(metric)
             axis.grid(alpha=0.3)
         axes[0, column].set_title(f"{name} {number}" if number else name, fontsize=10)

@@ -22,17 +22,18 @@ from .relearn import relearn
 from .setup import Run, prepare, refuse_other
 
 
-def run(recipe: Recipe, stop: StopSignals) -> Path:
+def run(recipe: Recipe, stop: StopSignals, splits: tuple[Images, Images | None] | None = None) -> Path:
     """Do everything of a recipe that is not done yet, and report it.
 
     Args:
         recipe: what to do.
         stop: requests to end.
+        splits: the images, where they are read already.
 
     Returns:
         The run folder.
     """
-    this = prepare(recipe, stop)
+    this = prepare(recipe, stop, splits=splits)
     measure(this, "random", [])
     folders = [phase_proxy(this)]
     measure(this, "proxy_short", folders)
@@ -40,7 +41,7 @@ def run(recipe: Recipe, stop: StopSignals) -> Path:
         folders.append(one_round(this, folders[-1], number))
         measure(this, this.arm, folders)
     finish(this, folders)
-    this.accelerator.end_training()
+    this.close()
     return this.folder
 
 
@@ -59,8 +60,7 @@ def run_arm(recipe: Recipe, stop: StopSignals, arm: str, shared: Path, splits: t
     for number in range(1, this.recipe.relearn.rounds + 1):
         folders.append(one_round(this, folders[-1], number))
     measure(this, arm, folders)
-    if this.lock:
-        this.lock.close()
+    this.close()
 
 
 def one_round(this: Run, source: Path, number: int) -> Path:

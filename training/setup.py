@@ -59,6 +59,12 @@ class Run:
         """What the randomness of a phase is a function of."""
         return Key(self.recipe.seed, phase, round_number)
 
+    def close(self) -> None:
+        """End the trackers and let the run folder go."""
+        self.accelerator.end_training()
+        if self.lock:
+            self.lock.close()
+
     def on_device(self, network: nn.Module) -> nn.Module:
         return network.to(self.accelerator.device, memory_format=torch.channels_last)
 
@@ -110,7 +116,8 @@ def prepare(
     if run.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     accelerator.init_trackers("sslpp", {})
-    _announce(run, network)
+    if splits is None:
+        _announce(run, network)
     return run
 
 
