@@ -1,16 +1,9 @@
-"""Records to tables: on the screen, in report.md, in cards, in the README.
+"""Records to tables: on the screen, in report.md, in cards."""
 
-``python -m training.report FILE…`` writes the tables of Markdown files anew, between ``<!-- table: RECIPE -->`` and
-``<!-- end -->``, from ``hub_configs/RECIPE/records.jsonl``.
-"""
-
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from . import figures
-from . import records as R
 from .files import write_text
 from .recipe import Recipe
 
@@ -145,24 +138,3 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
     screen = [as_text(lines) for _, lines in found]
     return "\n\n".join(["", *screen, gain(records, arm), code, f"More, with figures: {folder / 'report.md'}"])
-
-
-def fill(text: str, configs: Path) -> str:
-    """A Markdown text with its tables made anew from the committed records."""
-
-    def table(found: re.Match) -> str:
-        rows = R.read(configs / found.group(1) / "records.jsonl")
-        arms = [name for name in ("random", "proxy_short", "sslpp") if any(r["arm"] == name for r in rows)]
-        shown = [
-            lines for protocol, lines in tables(rows, arms) if protocol != "rankme" and "k = 200" not in lines[0][0]
-        ]
-        return f"<!-- table: {found.group(1)} -->\n" + "\n\n".join(map(as_markdown, shown)) + "\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        write_text(
-            Path(name), fill(Path(name).read_text(encoding="utf-8"), Path(__file__).parent.parent / "hub_configs")
-        )
