@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from training import launch
-from training.__main__ import guarded
+from training.command import guarded
 from training.images import Images
 from training.loop import Context
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
 from . import arms as A
 from . import backbone as B
 from . import contrast, launch, proxies, records, setup
-from .__main__ import guarded
+from .command import guarded
 from .files import Refused, lock_folder, whole_folder, write_text
 from .images import Images
 from .loop import Context
@@ -44,10 +43,7 @@ def main(arguments: Sequence[str], **defaults: Any) -> None:
     """The command; `defaults` are other values of its options."""
     made = command()
     made.set_defaults(defaults)
-    try:
-        values = made.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise Refused(str(error)) from error
+    values = made.read(arguments)
     arms, seeds, grid = values.pop("arms"), values.pop("seeds"), values.pop("grid")
     for arm in arms:
         if arm not in A.ARMS:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jsonargparse import ArgumentError
 from torch import Tensor, nn
 
 from . import backbone as B
 from . import clusters, images, launch, proxies, recipe
-from .__main__ import guarded
+from .command import guarded
 from .files import Refused, read_json, sha256_file, whole_file
 from .images import Images
 from .loop import Context
@@ -42,10 +41,7 @@ def command() -> recipe.Parser:
 
 def main(arguments: Sequence[str]) -> None:
     parser = command()
-    try:
-        given = parser.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise Refused(str(error)) from error
+    given = parser.read(arguments)
     data: recipe.Data = parser.instantiate(given).data
     if not data.path:
         raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")

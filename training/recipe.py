@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -279,6 +279,17 @@ def phase_fields(recipe: Recipe, phase: str) -> dict[str, Any]:
 class Parser(ArgumentParser):
     """A parser that says what is wrong in one sentence."""
 
+    def read(self, arguments: Sequence[str]) -> Namespace:
+        """Parse a command line.
+
+        Raises:
+            Refused: it is wrong.
+        """
+        try:
+            return self.parse_args(list(arguments))
+        except ArgumentError as error:
+            raise Refused(str(error)) from error
+
     def error(self, message: str, ex: Exception | None = None) -> None:
         text = re.sub(r"\s+", " ", str(message)).strip()
         text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
@@ -304,11 +315,7 @@ def parse(arguments: Sequence[str]) -> Recipe:
         Refused: a field is unknown, of the wrong type, or impossible.
     """
     command = parser()
-    try:
-        values = command.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise Refused(str(error)) from error
-    return from_values(values, command)
+    return from_values(command.read(arguments), command)
 
 
 def from_values(values: Any, command: Parser) -> Recipe:
