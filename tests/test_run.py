@@ -209,7 +209,11 @@ def test_images_without_labels_and_odd_files_go_through(tmp_path):
     done = train(tmp_path / "run", data, "--data.max_bad_fraction", 0.1, "--proxy.epochs", 1, "--relearn.epochs", 1)
     assert done.returncode == 0, done.stderr
     assert "1 bad" in done.stdout
-    assert {r["protocol"] for r in records.read(tmp_path / "run" / "records.jsonl")} == {"residue", "rankme"}
+    found = records.read(tmp_path / "run" / "records.jsonl")
+    assert {r["protocol"] for r in found} == {"residue", "rankme", "clusters"}
+    stability = {(r["metric"], r["settings"]["k"]) for r in found if r["protocol"] == "clusters"}
+    assert {(f"agreement_of_{what}", k) for what in ("seeds", "views") for k in (3, 5)} <= stability
+    assert re.search(r"^k = 3 +0\.\d{3} +0\.\d{3}", done.stdout, re.M)
     assert (tmp_path / "run" / "bad_images.txt").read_text().count("\n") == 1
 
 

@@ -25,6 +25,7 @@ from .kmeans import assign, kmeans
 from .launch import Key
 from .loop import Context
 
+METRICS = ("agreement_of_seeds", "agreement_of_views", "nmi", "purity", "inertia")  # of a clustering, as records tell
 View = Callable[[Tensor], Tensor]
 
 

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import psutil
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .files import Failed, Refused, whole_file, write_text
@@ -307,6 +307,8 @@ def _decode_all(
         if not reason and not decoded:
             try:
                 picture = decode(content, slot)
+            except UnidentifiedImageError:
+                reason = "not an image"
             except Exception as error:  # Pillow's plugins raise nearly every type on a broken file
                 reason = " ".join(str(error).split())[:120] or type(error).__name__
             else:

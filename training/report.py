@@ -49,6 +49,17 @@ def tables(records: Records, arms: list[str]) -> list[tuple[str, list[list[str]]
     return result
 
 
+def cluster_table(records: Records, arm: str) -> list[list[str]]:
+    """What the last round's pseudo-labels are like, a row for each k."""
+    rows = [r for r in last_round(records, arm) if r["protocol"] == "clusters"]
+    metrics = list(dict.fromkeys(r["metric"] for r in rows))
+    lines = [["pseudo-labels", *(metric.replace("_", " ") for metric in metrics)]]
+    for k in sorted({r["settings"]["k"] for r in rows}):
+        values = {r["metric"]: r["value"] for r in rows if r["settings"]["k"] == k}
+        lines.append([f"k = {k}", *(f"{values[m]:.3f}" if m in values else "" for m in metrics)])
+    return lines
+
+
 def as_text(lines: list[list[str]]) -> str:
     """A table for the screen."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -117,7 +128,9 @@ def draw(folder: Path, records: Records, arm: str, last: Path) -> None:
 def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) -> str:
     """Write report.md; the text for the screen."""
     arms = [name for name in ("random", "proxy_short", arm) if any(r["arm"] == name for r in records)]
-    found = tables(records, arms)
+    found = [lines for _, lines in tables(records, arms)]
+    if len(pseudo := cluster_table(records, arm)) > 1:
+        found.append(pseudo)
     code = usage(folder / "hub", recipe.data.size)
     pictures = [
         ("stages", "Accuracy and residue by stage"),
@@ -129,12 +142,12 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
         ("curves", "Training"),
     ]
     parts = [f"# {folder.name}", gain(records, arm)]
-    parts += [as_markdown(lines) for _, lines in found]
+    parts += map(as_markdown, found)
     for name, caption in pictures:
         if (folder / "report" / f"{name}.png").exists():
             parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")
     parts.append(f"## Use it\n\n```python\n{code}\n```")
     parts.append("Figures are in records.jsonl, the recipe in recipe.yaml.")
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
-    screen = [as_text(lines) for _, lines in found]
+    screen = map(as_text, found)
     return "\n\n".join(["", *screen, gain(records, arm), code, f"More, with figures: {folder / 'report.md'}"])

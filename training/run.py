@@ -242,10 +242,26 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
             "versions": records.versions(),
         }
         source = Path(this.recipe.data.path).name
-        prints = {"val": this.train.fingerprint, "test": this.test.fingerprint if this.test else ""}
+        if number:
+            found += cluster_records(this, folders[-1])
+        train = this.train.fingerprint
+        prints = {"train": train, "val": train, "test": this.test.fingerprint if this.test else ""}
         rows = [{**shared, **row, "data": f"{source}@{prints[row['split']][:16]}", **cost} for row in found]
         records.write(path, rows)
     this.accelerator.wait_for_everyone()
+
+
+def cluster_records(this: Run, folder: Path) -> list[dict[str, Any]]:
+    """How stable a round's pseudo-labels are, and how close to the classes, as records of the training images."""
+    stage = B.resolve_stage(B.load(folder), this.recipe.clusters.stage, "clusters.stage")
+    told = read_json(folder / "clusters.json").get("clusterings", {})
+    shared = {"stage": stage, "protocol": "clusters", "split": "train"}
+    return [
+        {**shared, "settings": {"k": int(k)}, "metric": metric, "value": values[metric]}
+        for k, values in told.items()
+        for metric in clusters.METRICS
+        if metric in values
+    ]
 
 
 def finish(this: Run, folders: list[Path]) -> None:
