@@ -1,0 +1,234 @@
+"""Pushing to a Hub that speaks the real one's API, with the real client: what is sent, and every failure."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from huggingface_hub import constants, hf_api
+from huggingface_hub.utils import _http
+
+from tests.conftest import call, make_images
+from tests.hub_server import Hub
+from training import backbone as B
+from training import push
+from training.recipe import Model
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    server = Hub()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(
+        _http, "time", type("Clock", (), {"sleep": staticmethod(lambda seconds: None), "time": __import__("time").time})
+    )
+    monkeypatch.setenv("HF_TOKEN", "write-alice")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "hub"
+    folder.mkdir()
+    B.save(B.create(Model("test_resnet"), 16), folder, make_images())
+    (folder / "README.md").write_text("---\nlibrary_name: timm\n---\nfirst card\n")
+    (folder / "report").mkdir()
+    (folder / "report" / "stages.png").write_bytes(b"\x89PNG picture")
+    (folder / "optimizer.pt").write_bytes(b"pickled, and never sent")
+    return folder.parent
+
+
+@pytest.fixture
+def run(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sent(run):
+    names = ("config.json", "model.safetensors", "README.md", "report/stages.png")
+    return {name: (run / "hub" / name).read_bytes() for name in names}
+
+
+def on_hub(hub, ref="main"):
+    return {name: content for name, content in hub.files("org/net", ref).items() if name != ".gitattributes"}
+
+
+def test_a_run_is_pushed_whole_and_without_pickles(hub, run):
+    before = state(run)
+    done = call(push.main, run, "org/net")
+    assert done.returncode == 0, done.stderr
+    assert on_hub(hub) == sent(run)
+    assert 'timm.create_model("hf-hub:org/net", pretrained=True)' in done.stdout
+    assert sum(" commit/" in f" {r}" or "/commit/" in r for r in hub.requests) == 1
+    assert state(run) == before
+    assert not hub.repos["org/net"].private
+
+
+def test_pushing_again_sends_nothing_and_a_new_card_replaces_the_old(hub, run):
+    call(push.main, run, "org/net")
+    again = call(push.main, run, "org/net")
+    assert (again.returncode, "nothing was sent" in again.stdout) == (0, True)
+    (run / "hub" / "README.md").write_text("second card")
+    (run / "hub" / "report" / "stages.png").rename(run / "hub" / "report" / "other.png")
+    assert call(push.main, run, "org/net").returncode == 0
+    assert on_hub(hub)["README.md"] == b"second card"
+    assert {name for name in on_hub(hub) if name.startswith("report")} == {"report/other.png"}
+
+
+def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(hub, run):
+    done = call(push.main, run, "org/net", "--dry-run")
+    assert done.returncode == 0
+    for name in sent(run):
+        assert name in done.stdout
+    assert "optimizer.pt" not in done.stdout
+    assert hub.requests == []
+
+
+def test_private_repositories(hub, run):
+    assert call(push.main, run, "org/net", "--private").returncode == 0
+    assert hub.repos["org/net"].private
+    call(push.main, run, "org/open")
+    done = call(push.main, run, "org/open", "--private")
+    assert (done.returncode, "is public" in done.stderr) == (2, True)
+
+
+def test_a_branch_must_be_there(hub, run):
+    call(push.main, run, "org/net")
+    done = call(push.main, run, "org/net", "--revision", "v2")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "org/net has no branch 'v2'" in done.stderr
+    hf_api.HfApi().create_branch("org/net", branch="v2")
+    (run / "hub" / "README.md").write_text("of v2")
+    assert call(push.main, run, "org/net", "--revision", "v2").returncode == 0
+    assert on_hub(hub, "v2")["README.md"] == b"of v2"
+    assert on_hub(hub)["README.md"] != b"of v2"
+
+
+def test_a_pull_request_by_a_reader_is_made_once(hub, run, monkeypatch):
+    call(push.main, run, "org/net")
+    monkeypatch.setenv("HF_TOKEN", "read-bob")
+    (run / "hub" / "README.md").write_text("bob's card")
+    done = call(push.main, run, "org/net", "--create-pr")
+    assert done.returncode == 0, done.stderr
+    assert "/discussions/1" in done.stdout
+    assert on_hub(hub, "refs/pr/1")["README.md"] == b"bob's card"
+    assert on_hub(hub)["README.md"] != b"bob's card"
+    again = call(push.main, run, "org/net", "--create-pr")
+    assert (again.returncode, "proposes these files already" in again.stdout) == (0, True)
+    assert len(hub.repos["org/net"].titles) == 1
+
+
+FAILURES = {
+    "no token": (None, [], "There is no token"),
+    "wrong token": ("of-nobody-known", [], "does not know your token"),
+    "read-only token": ("read-bob", [], "may not write to org/net"),
+    "server gone before": ("write-alice", [("whoami", "drop", 99)], "cannot be reached"),
+    "upload breaks off": ("write-alice", [("PUT /lfs", "drop", 99)], "Nothing was published"),
+    "upload refused": ("write-alice", [("PUT /lfs", 403, 99)], "Nothing was published"),
+    "commit breaks off": ("write-alice", [("/commit/", "drop", 99)], "Nothing was published"),
+    "commit fails": ("write-alice", [("/commit/", 500, 99)], "status 500"),
+    "someone else committed": ("write-alice", [("/commit/", 412, 1)], "status 412"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_is_one_sentence_publishes_nothing_and_a_second_try_finishes(case, hub, run, monkeypatch, tmp_path):
+    token, faults, said = FAILURES[case]
+    call(push.main, run, "org/net")
+    published = on_hub(hub)
+    (run / "hub" / "README.md").write_text("new card")
+    config = json.loads((run / "hub" / "config.json").read_text())
+    (run / "hub" / "config.json").write_text(json.dumps({**config, "more": 1}))
+    weights = run / "hub" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    before = state(run)
+    monkeypatch.delenv("HF_TOKEN")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    for fault in faults:
+        hub.fault(*fault)
+    done = call(push.main, run, "org/net")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert on_hub(hub) == published
+    assert state(run) == before
+    assert token is None or token not in done.stderr + done.stdout
+    hub.faults.clear()
+    monkeypatch.setenv("HF_TOKEN", "write-alice")
+    assert call(push.main, run, "org/net").returncode == 0
+    assert on_hub(hub) == sent(run)
+
+
+def test_a_repository_that_is_not_there_and_may_not_be_made(hub, run, monkeypatch):
+    done = call(push.main, run, "other/net")
+    assert (done.returncode, "may not write to other/net" in done.stderr) == (1, True)
+    done = call(push.main, run, "org/none", "--create-pr")
+    assert (done.returncode, "org/none is not there" in done.stderr) == (1, True)
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("options", [[], ["--create-pr"]])
+def test_a_lost_answer_to_a_commit_that_was_made_is_success(hub, run, options):
+    call(push.main, run, "org/net")
+    (run / "hub" / "README.md").write_text("new card")
+    hub.fault("/commit/", "lose", 1)
+    done = call(push.main, run, "org/net", *options)
+    assert done.returncode == 0, done.stderr
+    assert "answer was lost" in done.stdout
+    assert on_hub(hub, "refs/pr/1" if options else "main")["README.md"] == b"new card"
+    assert len(hub.repos["org/net"].titles) == len(options)
+
+
+def test_an_upload_that_breaks_off_once_is_repeated_by_the_client(hub, run):
+    hub.fault("PUT /lfs", "drop", 1)
+    assert call(push.main, run, "org/net").returncode == 0
+    assert on_hub(hub) == sent(run)
+
+
+def test_with_xet_the_same_files_arrive(hub, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet = str(tmp_path / "cas")
+    done = call(push.main, run, "org/net")
+    assert done.returncode == 0, done.stderr
+    files = on_hub(hub)
+    weights = (run / "hub" / "model.safetensors").read_bytes()
+    assert files.pop("model.safetensors") == hashlib.sha256(weights).hexdigest().encode()
+    assert files == {name: content for name, content in sent(run).items() if name != "model.safetensors"}
+    assert sum(path.stat().st_size for path in (tmp_path / "cas").rglob("*") if path.is_file()) > len(weights) / 2
+    assert not any("PUT /lfs" in request for request in hub.requests)
+
+
+def test_a_server_without_xet_is_one_sentence(hub, run, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    done = call(push.main, run, "org/net")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "cannot be reached, or broke off" in done.stderr
+    assert on_hub(hub) == {}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: (run / "hub" / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda run: (run / "hub" / "README.md").unlink(), "has no README.md"),
+        (lambda run: (run / "hub" / "config.json").write_text("{}"), "names no architecture"),
+    ],
+)
+def test_a_folder_that_was_not_exported_is_refused(hub, run, spoil, said):
+    spoil(run)
+    done = call(push.main, run, "org/net")
+    assert (done.returncode, said in done.stderr) == (2, True)
+    assert hub.requests == []

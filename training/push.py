@@ -1,0 +1,174 @@
+"""python -m training.push runs/NAME ORG/NAME: publish a run's hub/ folder on the Hugging Face Hub, in one commit."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from .command import guarded
+from .files import Failed, Refused, read_json, sha256_file
+from .recipe import Parser
+
+NEEDED = ("config.json", "model.safetensors", "README.md")
+TITLE = "SSL++ backbone"
+
+
+def command() -> Parser:
+    parser = Parser(
+        prog="python -m training.push",
+        description="Publish a run's hub/ folder: config.json, model.safetensors, the card and its figures.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="Run folder, runs/NAME, or a folder that timm loads.")
+    parser.add_argument("repo", help="ORG/NAME on the Hub; made if it is not there.")
+    parser.add_argument("--private", action="store_true", help="Make the repository private.")
+    parser.add_argument("--revision", help="Branch to push to; main without it. It must be there.")
+    parser.add_argument("--create-pr", action="store_true", help="Open a pull request instead of pushing.")
+    parser.add_argument("--dry-run", action="store_true", help="Show what would be sent, and send nothing.")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    given = command().read(arguments)
+    files = collect(Path(given.run))
+    try:
+        validate_repo_id(given.repo)
+    except HFValidationError as error:
+        raise Refused(f"{given.repo!r} is no name of a repository: {error}") from None
+    if given.create_pr and given.revision not in (None, "main"):
+        raise Refused("--create-pr goes to main; leave --revision out.")
+    if given.dry_run:
+        for name, path in files.items():
+            print(f"{path.stat().st_size:>12,} bytes  {name}")
+        print(f"{len(files)} files would be sent to {given.repo}" + (f"@{given.revision}" if given.revision else ""))
+        return
+    print(push(files, given.repo, given.private, given.revision, given.create_pr))
+
+
+def collect(run: Path) -> dict[str, Path]:
+    """The files to publish, by their name in the repository; nothing pickled, nothing else that lies there.
+
+    Raises:
+        Refused: the folder is not one that was exported.
+    """
+    folder = run / "hub" if (run / "hub").is_dir() else run
+    for name in NEEDED:
+        if not (folder / name).is_file():
+            raise Refused(f"{folder} has no {name}; finish the run with python -m training first.")
+    if "architecture" not in read_json(folder / "config.json"):
+        raise Refused(f"{folder / 'config.json'} names no architecture, so that timm could not load it.")
+    pictures = sorted((folder / "report").glob("*.png"))
+    return {str(path.relative_to(folder)): path for path in (*(folder / name for name in NEEDED), *pictures)}
+
+
+def push(files: dict[str, Path], repo: str, private: bool, revision: str | None, create_pr: bool) -> str:
+    """Send files in one commit; what to tell the user.
+
+    A push that finds everything there already sends nothing, so that doing it again after any failure ends well.
+
+    Raises:
+        Failed: in one sentence, without the token.
+    """
+    api = HfApi()
+    try:
+        name = api.whoami()["name"]
+        # No permission check: with exist_ok it also succeeds for what may not be written. The commit will tell.
+        if not (create_pr or api.repo_exists(repo)):
+            api.create_repo(repo, private=private, exist_ok=True)
+        info = api.model_info(repo)
+        if private and not info.private:
+            raise Refused(f"{repo} is public; make it private in its settings, or choose another name.")
+        if not create_pr and same(api, repo, revision, files):
+            return f"{repo} has these files already; nothing was sent."
+        there = {s.rfilename for s in api.model_info(repo, revision=revision).siblings or []}
+        stale = [f for f in there if f.startswith("report/") and f not in files]
+        operations = [CommitOperationAdd(f, path) for f, path in files.items()]
+        operations += [CommitOperationDelete(f) for f in stale]
+        if create_pr and (found := open_request(api, repo, files)):
+            return f"{found} proposes these files already; nothing was sent."
+        try:
+            done = api.create_commit(repo, operations, commit_message=TITLE, revision=revision, create_pr=create_pr)
+        except Exception:
+            # The answer may be lost although the commit was made: what the repository holds decides.
+            if (create_pr and (found := open_request(api, repo, files))) or same(api, repo, revision, files):
+                return f"sent to {found if create_pr else f'{api.endpoint}/{repo}'} (its answer was lost on the way)."
+            raise
+    except Refused:
+        raise
+    except Exception as error:  # the Hub's clients raise errors of four libraries and of Python's own
+        raise Failed(explain(error, repo, revision)) from None
+    url = done.pr_url if create_pr else f"{api.endpoint}/{repo}"
+    return f'sent to {url} as {name}; load it with timm.create_model("hf-hub:{repo}", pretrained=True)'
+
+
+def same(api: HfApi, repo: str, revision: str | None, files: dict[str, Path]) -> bool:
+    """Whether a repository holds exactly these contents under these names."""
+    try:
+        found = {item.path: item for item in api.get_paths_info(repo, list(files), revision=revision)}
+    except RepositoryNotFoundError:
+        return False
+    for name, path in files.items():
+        item = found.get(name)
+        if item is None:
+            return False
+        expected, actual = (sha256_file(path), item.lfs.sha256) if item.lfs else (git_sha1(path), item.blob_id)
+        if expected != actual:
+            return False
+    return True
+
+
+def open_request(api: HfApi, repo: str, files: dict[str, Path]) -> str | None:
+    """The pull request of ours that proposes exactly these files, if one is open."""
+    for request in api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open"):
+        if request.title == TITLE and same(api, repo, request.git_reference, files):
+            return request.url
+    return None
+
+
+def git_sha1(path: Path) -> str:
+    """What git, and so the Hub, calls a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def explain(error: Exception, repo: str, revision: str | None) -> str:
+    """One sentence for what a client raised, without the token."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    again = "Nothing was published; the same command tries again."
+    if isinstance(error, LocalTokenNotFoundError):
+        text = "There is no token of the Hub; run `hf auth login`, or set HF_TOKEN."
+    elif isinstance(error, RevisionNotFoundError):
+        text = f"{repo} has no branch {revision!r}; make it first, or leave --revision out."
+    elif isinstance(error, RepositoryNotFoundError):
+        text = f"{repo} is not there, or your token may not see it."
+    elif status == 401:
+        text = "The Hub does not know your token; run `hf auth login` again, or set HF_TOKEN anew."
+    elif status == 403:
+        text = f"Your token may not write to {repo}; it needs the role write, and you a place in {repo.split('/')[0]}."
+    elif status is not None:
+        text = f"The Hub answered with status {status}: {_first_line(error)} {again}"
+    elif isinstance(error.__cause__, HfHubHTTPError):
+        text = f"The Hub refused an upload with status {error.__cause__.response.status_code}. {again}"
+    else:
+        cause = error.__cause__ or error
+        text = f"The Hub cannot be reached, or broke off ({type(cause).__name__}: {_first_line(cause)}). {again}"
+    token = get_token()
+    return text.replace(token, "***") if token else text
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
