@@ -292,6 +292,6 @@ def save(network: nn.Module, folder: Path, images: Images, tag: str = "", licens
     return sha256_file(folder / "model.safetensors")
 
 
-def load(folder: Path, **kwargs: Any) -> nn.Module:
-    """A saved backbone, every weight of which was found."""
-    return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **kwargs)
+def load(folder: Path) -> nn.Module:
+    """A saved model as it is, every weight of which was found: a headless one without a head, a classifier with its."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)

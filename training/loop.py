@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -184,6 +184,7 @@ def train(
     fingerprint: str,
     first: int = 0,
     last: int | None = None,
+    epoch_end: Callable[[int, int], None] | None = None,
 ) -> None:
     """Train `task` in place from step `first` to step `last` of the schedule, or on from the newest checkpoint between.
 
@@ -197,6 +198,7 @@ def train(
         context: the run.
         fingerprint: of what the phase reads; checkpoints of another are not taken up.
         first, last: steps of the schedule, the whole of it by default.
+        epoch_end: called after each epoch and after the last step, with the steps done and all there are.
 
     Raises:
         Failed: the loss is not finite; the last good checkpoint is kept.
@@ -250,6 +252,8 @@ def train(
                 means = window.read(step, schedule.batch_size)
                 log.write(step, step * schedule.batch_size, rate, means)
                 bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in {**means, "lr": rate}.items()), refresh=False)
+            if epoch_end and (step % epoch_steps == 0 or step == total):
+                epoch_end(step, total)  # before the checkpoint, after which this epoch is over for good
             if due or ends:
                 meter.read(step - saved_at)
                 save_checkpoint(task, optimizer.optimizer, key, step, fingerprint, context)

@@ -260,20 +260,26 @@ READS = {
 IGNORED = ("relearn.rounds",)
 
 
-def phase_fields(recipe: Recipe, phase: str) -> dict[str, Any]:
-    """The fields, by dotted name, that a phase reads."""
+def flatten(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as plain values by dotted name, the same before and after a journey through JSON."""
 
     def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict) and not name.endswith((".args", ".options")):
             for key, item in value.items():
                 yield from walk(item, f"{name}.{key}" if name else key)
         else:
-            yield name, list(value) if isinstance(value, tuple) else value
+            yield name, _plain(value)
+
+    return dict(walk(dataclasses.asdict(settings), ""))
+
+
+def phase_fields(recipe: Recipe, phase: str) -> dict[str, Any]:
+    """The fields, by dotted name, that a phase reads."""
 
     def read(name: str) -> bool:
         return name not in IGNORED and any(name == part or name.startswith(f"{part}.") for part in READS[phase])
 
-    return {name: value for name, value in walk(dataclasses.asdict(recipe), "") if read(name)}
+    return {name: value for name, value in flatten(recipe).items() if read(name)}
 
 
 class Parser(ArgumentParser):
@@ -347,21 +353,7 @@ def check(recipe: Recipe) -> None:
     if not recipe.data.path:
         raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
     for phase in ("proxy", "relearn"):
-        schedule: Schedule = getattr(recipe, phase)
-        views = schedule.views
-        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
-            low, high = getattr(views, name)
-            if low > high:
-                raise Refused(f"{phase}.views.{name}: the lower limit {low} is above the upper limit {high}.")
-        if views.crop_scale[1] > 1:
-            raise Refused(f"{phase}.views.crop_scale: {views.crop_scale[1]} is a crop larger than the image, 1.")
-        if views.hue > 0.5:
-            raise Refused(f"{phase}.views.hue: {views.hue} is more than half the colour circle; at most 0.5.")
-        if schedule.batch_size % schedule.accumulate:
-            raise Refused(
-                f"{phase}.accumulate: {schedule.accumulate} micro-batches do not divide "
-                f"{phase}.batch_size {schedule.batch_size}."
-            )
+        check_schedule(getattr(recipe, phase), f"{phase}.")
     if recipe.relearn.epochs == 0:
         raise Refused("relearn.epochs: 0 leaves nothing to relearn; give at least a part of an epoch.")
     if not recipe.clusters.k:
@@ -370,6 +362,28 @@ def check(recipe: Recipe) -> None:
         raise Refused(f"clusters.k: {recipe.clusters.k} names a number of clusters twice.")
     if not recipe.evaluate.linear_c or not recipe.evaluate.knn_k:
         raise Refused("evaluate.linear_c and evaluate.knn_k need at least one value each.")
+
+
+def check_schedule(schedule: Schedule, prefix: str = "") -> None:
+    """Refuse impossible views and micro-batches of a schedule whose fields are named with `prefix`.
+
+    Raises:
+        Refused: naming the field.
+    """
+    views = schedule.views
+    for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+        low, high = getattr(views, name)
+        if low > high:
+            raise Refused(f"{prefix}views.{name}: the lower limit {low} is above the upper limit {high}.")
+    if views.crop_scale[1] > 1:
+        raise Refused(f"{prefix}views.crop_scale: {views.crop_scale[1]} is a crop larger than the image, 1.")
+    if views.hue > 0.5:
+        raise Refused(f"{prefix}views.hue: {views.hue} is more than half the colour circle; at most 0.5.")
+    if schedule.batch_size % schedule.accumulate:
+        raise Refused(
+            f"{prefix}accumulate: {schedule.accumulate} micro-batches do not divide {prefix}batch_size "
+            f"{schedule.batch_size}."
+        )
 
 
 def to_yaml(recipe: Recipe) -> str:

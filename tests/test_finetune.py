@@ -1,0 +1,209 @@
+"""Fine-tuning: the real command on tiny data, its loss, what is trained when, and what is refused."""
+
+import math
+
+import datasets
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests.conftest import call, make_images
+from training import backbone as B
+from training import finetune as T
+from training import loop, records, views
+from training.files import read_json, read_lines
+from training.launch import Key
+from training.recipe import Model, Views
+
+TINY = ["--epochs", "3", "--batch_size", "8", "--lr", "0.01", "--data.val_fraction", "0.2", "--log.every", "1"]
+CALM = Views(crop_scale=(0.5, 1.0), jitter=0.0, grey=0.0)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    B.save(B.create(Model("test_resnet"), 16), folder, make_images())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(backbone, picture_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    done = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def classify(images, **settings):
+    torch.manual_seed(0)
+    network = B.create(Model("test_resnet"), 16)
+    network.reset_classifier(4)
+    return T.Classify(network, T.Finetune(**{"views": CALM, "batch_size": 8, **settings}), images, 0)
+
+
+def test_the_result_is_a_folder_whose_predictions_timm_reproduces(finished, picture_folder):
+    folder, done = finished
+    model = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
+    names = model.pretrained_cfg["label_names"]
+    assert list(names) == [f"class {i}" for i in range(4)]
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    right = total = 0
+    for path in sorted((picture_folder / "test").rglob("*.png")):
+        with torch.no_grad():
+            guess = model(transform(Image.open(path).convert("RGB")).unsqueeze(0)).argmax()
+        right, total = right + (names[guess] == path.parent.name), total + 1
+    found = records.value(records.read(folder / "records.jsonl"), stage="best", split="test")
+    assert right / total == pytest.approx(found)
+    assert f"best, test: {100 * found:.2f} %" in done.stdout
+
+
+def test_accuracy_is_measured_after_each_epoch_and_the_best_is_kept(finished):
+    folder, done = finished
+    told = [float(line.split()[2]) for line in done.stdout.splitlines() if "of the held-out part" in line]
+    assert len(told) == 3
+    assert 100 * read_json(folder / "best" / "finetune.json")["val_top1"] == pytest.approx(max(told), abs=0.01)
+    assert 100 * read_json(folder / "last" / "finetune.json")["val_top1"] == pytest.approx(told[-1], abs=0.01)
+
+
+def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finished, backbone, picture_folder):
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    other = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder, "--layer_decay", "0.5")
+    assert (other.returncode, "layer_decay" in other.stderr) == (2, True)
+
+
+def test_an_interrupted_run_ends_in_the_same_weights(finished, backbone, picture_folder, tmp_path, monkeypatch):
+    folder, _ = finished
+    real, steps = T.Keeper.look, []
+
+    def stop_after_the_first(self, step, total):
+        real(self, step, total)
+        steps.append(step)
+        self.context.stop.number = 15 if len(steps) == 1 else None
+
+    monkeypatch.setattr(T.Keeper, "look", stop_after_the_first)
+    command = (T.main, backbone, *TINY, "--data.path", picture_folder, "--run", tmp_path / "torn")
+    assert call(*command).returncode == 143
+    assert call(*command).returncode == 0
+    for name in ("best", "last"):
+        one, other = (f / name / "model.safetensors" for f in (folder, tmp_path / "torn"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(("mixing", "smoothing"), [({}, 0.0), ({}, 0.2), ({"mixup": 0.4}, 0.1)])
+def test_the_loss_is_the_cross_entropy(tiny, context, mixing, smoothing):
+    task = classify(tiny, label_smoothing=smoothing, **mixing).eval()
+    batches = [
+        loop.draw_batch(tiny, tiny.train, task.settings, Key(0, "x"), 0, 0, context.accelerator) for _ in range(2)
+    ]
+    import numpy as np
+
+    np.random.seed(3)  # noqa: NPY002  timm's Mixup draws from the global stream
+    got = task(batches[0])["loss"].item()
+    batch = batches[1]
+    images = views.normalize(views.random_views(CALM, batch.pixels, batch.sides, batch.draws, 16), task.mean, task.std)
+    targets = F.one_hot(batch.labels, 4).float()
+    if mixing:
+        np.random.seed(3)  # noqa: NPY002
+        np.random.rand()  # noqa: NPY002  whether to mix at all
+        share = np.random.beta(0.4, 0.4)  # noqa: NPY002
+        images = share * images + (1 - share) * images.flip(0)
+        targets = share * targets + (1 - share) * targets.flip(0)
+    expected = 0.0
+    for image, target in zip(images, targets, strict=True):
+        logs = task.network(image.unsqueeze(0)).log_softmax(1)[0]
+        smoothed = (1 - smoothing) * target + smoothing / 4
+        expected -= float((smoothed * logs).sum().detach()) / 8
+    assert got == pytest.approx(expected, abs=1e-4)
+
+
+def test_layers_learn_slower_the_lower_they_are():
+    task = classify(make_images(), layer_decay=0.5)
+    names = {id(p): n for n, p in task.network.named_parameters()}
+    scales = {names[id(p)]: g["lr_scale"] for g in task.parameter_groups(0.1) for p in g["params"]}
+    assert scales.keys() == set(names.values())
+    assert scales["fc.weight"] == 1.0
+    first, last = scales["conv1.0.weight"], scales["layer4.0.conv1.weight"]
+    assert first < last <= 1.0
+    assert math.log2(last / first) == round(math.log2(last / first))
+
+
+def trained(images, context, **settings):
+    task = classify(images, **settings)
+    before = {n: p.detach().clone() for n, p in task.network.named_parameters()}
+    keeper = type("Nobody", (), {"look": lambda self, step, total: None})()
+    T.fit(task.network, images, images.train, task.settings, Key(0, "finetune"), context, "x", keeper)
+    return {n for n, p in task.network.named_parameters() if not torch.equal(p, before[n])}
+
+
+def test_the_head_is_trained_first_and_frozen_stages_never(context):
+    images = make_images()
+    alone = trained(images, context, epochs=1, head_first=0.99)
+    assert alone == {"fc.weight", "fc.bias"}
+    context.folder = context.folder / "other"
+    context.folder.mkdir()
+    network = B.create(Model("test_resnet"), 16)
+    low = B.low_names(network, 1, 16) & {n for n, _ in network.named_parameters()}
+    moved = trained(images, context, epochs=1, freeze=1)
+    assert not moved & low
+    assert {"fc.weight", "layer4.0.conv1.weight"} <= moved
+
+
+def test_a_share_of_the_labels_is_a_share_of_each_class(tiny, context, monkeypatch):
+    monkeypatch.setattr(T.I, "load", lambda *a, **k: tiny)
+    monkeypatch.setattr(T.I, "find_test_split", lambda data: None)
+    network = B.create(Model("test_resnet"), 16)
+    _, every = T.load_images(network, T.Finetune(), context)
+    assert torch.equal(every, tiny.train)
+    _, half = T.load_images(network, T.Finetune(labels=0.5), context)
+    _, again = T.load_images(network, T.Finetune(labels=0.5, seed=9), context)
+    counts, whole = (torch.bincount(tiny.labels[i], minlength=4) for i in (half, every))
+    assert torch.equal(half, again)
+    assert all(abs(c - w / 2) <= 0.5 for c, w in zip(counts.tolist(), whole.tolist(), strict=True))
+
+
+def parquet(folder, labels, test=None):
+    folder.mkdir()
+    for split, values in (("train", labels), ("test", test)):
+        if values is not None:
+            pictures = [Image.new("RGB", (16, 16), (i, i, i)) for i in range(len(values))]
+            rows = datasets.Dataset.from_dict({"image": pictures, **({"label": values} if any(values) else {})})
+            rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "test", "said"),
+    [
+        ([None] * 12, None, "labels of the train split are missing (all of 12)"),
+        (["a", "b", None] * 4, None, "labels of the train split are missing (4 of 12)"),
+        (["a", "b"] * 6, ["a", "c"], "'c' is not among the training split's classes"),
+        (["a", "b"] * 6, [None, None], "labels of the test split are missing"),
+    ],
+)
+def test_labels_that_are_missing_or_do_not_match_are_refused(backbone, tmp_path, labels, test, said):
+    data = parquet(tmp_path / "data", labels, test)
+    done = call(T.main, backbone, *TINY, "--data.path", data, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_from_scratch_the_weights_are_random_but_repeat_by_seed(backbone, picture_folder, tmp_path):
+    hashes = []
+    for number, seed in enumerate((1, 1, 2)):
+        run = tmp_path / str(number)
+        done = call(
+            T.main, backbone, *TINY, "--epochs", "1", "--scratch", "true", "--seed", seed,
+            "--data.path", picture_folder, "--run", run,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        hashes.append((run / "last" / "model.safetensors").read_bytes())
+        assert {row["phase"] for row in read_lines(run / "metrics.jsonl")} == {"finetune"}
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -1,0 +1,359 @@
+"""python -m training.finetune MODEL --data.path DATA: a backbone and labels in, a classifier that timm loads out."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
+from timm.data import Mixup
+from timm.optim import param_groups_layer_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from . import backbone as B
+from . import images as I
+from . import launch, records, views
+from .command import guarded
+from .files import Refused, lock_folder, read_json, sha256_file, sha256_json, whole_folder, write_json
+from .images import Images
+from .launch import Key, seed_all
+from .loop import Context, steps_of, train
+from .recipe import BelowOne, Data, Log, Model, Parser, Schedule, Views, check_schedule, flatten
+from .setup import refuse_other
+from .task import Batch, Task, accuracy
+
+BATCH = 512  # images of a forward pass that measures
+
+
+def photo_views() -> Views:
+    """Crop, flip and some colour, as supervised training is used to."""
+    return Views(crop_scale=(0.2, 1.0), grey=0.0, hue=0.0)
+
+
+@dataclass
+class Finetune(Schedule):
+    """How a backbone learns labels."""
+
+    data: Data = field(default_factory=Data)
+    epochs: NonNegativeFloat = 50.0
+    """Passes over the training images; parts of one are allowed."""
+    optimizer: str = "adamw"
+    """Optimiser, a name of timm.optim.list_optimizers()."""
+    lr: NonNegativeFloat = 1e-3
+    """Highest learning rate, that of the head; a cosine leads to 0."""
+    warmup: NonNegativeFloat = 2.0
+    """Linear warm-up, epochs; never more than a tenth of the whole."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Weight decay of weights; biases and norms have none."""
+    layer_decay: ClosedUnitInterval = 0.75
+    """Learning rate of a layer as a share of the next one's, by timm's parameter groups; 1 makes all equal."""
+    freeze: int | None = None
+    """Last stage that is not trained, an index into timm's feature_info."""
+    head_first: BelowOne = 0.0
+    """Share of the steps in which the head alone is trained (Kumar et al., ICLR 2022)."""
+    label_smoothing: BelowOne = 0.1
+    """Share of the target spread over all classes."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of mixup; 0 mixes nothing."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of cutmix; 0 mixes nothing."""
+    labels: OpenUnitInterval | Literal[1] = 1
+    """Share of the training labels that may be used, drawn by data.split_seed, the same share of each class."""
+    scratch: bool = False
+    """Start from random weights: the same architecture, to compare with."""
+    views: Views = field(default_factory=photo_views)
+    log: Log = field(default_factory=Log)
+    run: str | None = None
+    """Run folder: a path, or a name under runs/; without one the model's and the data's names."""
+    seed: NonNegativeInt = 0
+    """Seed of everything but the data's splits."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of training."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between two checkpoints."""
+
+
+class Classify(Task):
+    """Cross-entropy with the labels, perhaps smoothed and mixed.
+
+    Args:
+        network: a timm model with a head.
+        settings: how it learns.
+        images: size and statistics of the images.
+        average_from: step from which the average is taken.
+    """
+
+    def __init__(self, network: nn.Module, settings: Finetune, images: Images, average_from: int) -> None:
+        super().__init__()
+        self.network, self.settings, self.size = network, settings, images.size
+        self.register_buffer("mean", torch.tensor(images.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(images.std), persistent=False)
+        mixing = {"mixup_alpha": settings.mixup, "cutmix_alpha": settings.cutmix, "label_smoothing": 0.0}
+        self.mix = Mixup(**mixing, num_classes=network.num_classes) if settings.mixup or settings.cutmix else None
+        self.average = None
+        if settings.ema:
+            self.average = ModelEmaV3(network, decay=settings.ema, update_after_step=average_from)
+            self.average.requires_grad_(False)
+        self.still: set[str] = set()
+
+    def hold(self, names: set[str]) -> None:
+        """Train nothing of that name; the loop has to be called anew after it."""
+        self.still = names
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name not in names)
+
+    def train(self, mode: bool = True) -> "Classify":
+        super().train(mode)
+        if mode:
+            B.set_frozen_mode(self.network, self.still, "eval")
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        images = views.random_views(self.settings.views, batch.pixels, batch.sides, batch.draws, self.size)
+        images, target = views.normalize(images, self.mean, self.std), batch.labels
+        if self.mix is not None:  # draws from numpy's stream, which the loop seeds for each step
+            images, target = self.mix(images, target)
+        logits = self.network(images).float()
+        loss = F.cross_entropy(logits, target, label_smoothing=self.settings.label_smoothing)
+        return {"loss": loss, "accuracy": accuracy(logits.detach(), batch.labels)}
+
+    def after_step(self, step: int, total: int) -> None:
+        if self.average is not None:
+            self.average.update(self.network, step=step)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        exempt = self.network.no_weight_decay() if hasattr(self.network, "no_weight_decay") else ()
+        groups = param_groups_layer_decay(self.network, weight_decay, exempt, layer_decay=self.settings.layer_decay)
+        return [{key: group[key] for key in ("params", "lr_scale", "weight_decay")} for group in groups]
+
+    def result(self) -> nn.Module:
+        """The classifier, averaged if asked for."""
+        return self.network if self.average is None else self.average.module
+
+
+def command() -> Parser:
+    parser = Parser(
+        prog="python -m training.finetune",
+        description="Fine-tune a backbone on labelled images; the result is a folder that timm loads.",
+        usage="%(prog)s MODEL --data.path DATA [--FIELD VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
+    parser.add_class_arguments(Finetune, as_group=False)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = command()
+    values = parser.read(arguments)
+    name = values.pop("model")
+    made = parser.instantiate(values)
+    settings = Finetune(**{f.name: made[f.name] for f in dataclasses.fields(Finetune)})
+    if not settings.data.path:
+        raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
+    check_schedule(settings)
+    with launch.StopSignals() as stop:
+        finetune(f"local-dir:{name}" if Path(name).is_dir() else name, settings, stop)
+
+
+def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
+    """Fine-tune a backbone.
+
+    Args:
+        name: of the backbone, as timm loads it.
+        settings: how.
+        stop: requests to end.
+
+    Returns:
+        The run folder, which gets best/ and last/.
+    """
+    folder = run_folder(name, settings)
+    precision = launch.resolve_precision(settings.precision)
+    key = Key(settings.seed, "finetune")
+    seed_all(key.number("weights"))
+    network = B.create(Model(name, pretrained=not settings.scratch), None)
+    accelerator = launch.start(precision, settings.log.tracker, str(folder))
+    context = Context(accelerator, folder, stop, settings.log.every, settings.checkpoint_every)
+    lock = lock_folder(folder) if context.main else None
+    accelerator.init_trackers("sslpp", {})
+    splits, indices = load_images(network, settings, context)
+    weights = {name: value.double().sum().item() for name, value in network.state_dict().items()}
+    own = {
+        n: v for n, v in flatten(settings).items() if n.split(".")[0] not in ("log", "run", "checkpoint_every", "data")
+    }
+    read = {**own, "precision": precision, "weights": sha256_json(weights), "images": splits["train"].fingerprint}
+    if (folder / "finetune.json").exists():
+        refuse_other(folder / "finetune.json", read)
+    elif context.main:
+        write_json(folder / "finetune.json", {"read": read})
+    accelerator.wait_for_everyone()
+    classes = len(splits["train"].label_names)
+    context.say(
+        f"{records.device_name(accelerator.device.type)}; {precision}; processes {accelerator.num_processes}; threads "
+        f"{torch.get_num_threads()}; batch {settings.batch_size}; {len(indices)} labels of {classes} classes; {folder}"
+    )
+    seed_all(key.number("head"))
+    network.reset_classifier(classes)
+    keeper = Keeper(context, splits, settings)
+    if not keeper.done():
+        fit(network, splits["train"], indices, settings, key, context, sha256_json(read), keeper)
+    keeper.measure(name, settings, precision)
+    accelerator.end_training()
+    if lock:
+        lock.close()
+    return folder
+
+
+def run_folder(name: str, settings: Finetune) -> Path:
+    """``--run`` if given, else one named after the model and the data."""
+    if settings.run:
+        return Path(settings.run) if "/" in settings.run else Path("runs") / settings.run
+    return (
+        Path("runs")
+        / f"{Path(name.removeprefix('local-dir:')).resolve().name}_{Path(settings.data.path).stem}_finetune"
+    )
+
+
+def load_images(network: nn.Module, settings: Finetune, context: Context) -> tuple[dict[str, Images], Tensor]:
+    """The splits as the network expects them, and the training images whose labels may be used.
+
+    Raises:
+        Refused: labels are missing, or do not match between the splits.
+    """
+    size = network.pretrained_cfg["input_size"][-1]
+    data = dataclasses.replace(settings.data, size=size)
+    shared, splits = context.accelerator.num_processes > 1, {}
+    for turn in (True, False):  # the main process decodes before the others read
+        if context.main == turn:
+            splits["train"] = I.load(data, data.split, context.folder, in_file=shared)
+            if test := I.find_test_split(data):
+                splits["test"] = I.load(data, test, context.folder, like=splits["train"], in_file=shared)
+        context.accelerator.wait_for_everyone()
+    for split, images in splits.items():
+        unknown = "all" if images.labels is None else int((images.labels[images.all] < 0).sum())
+        if unknown:
+            raise Refused(
+                f"data.label_column: labels of the {split} split are missing ({unknown} of {len(images.all)})."
+            )
+    splits = {split: B.as_seen_by(network, images) for split, images in splits.items()}
+    train = splits["train"]
+    chosen = torch.randperm(len(train.train), generator=torch.Generator().manual_seed(data.split_seed))
+    shuffled, indices = train.train[chosen], []
+    for label in range(len(train.label_names)):
+        members = shuffled[train.labels[shuffled] == label]
+        indices.append(members[: max(1, round(float(settings.labels) * len(members)))])
+    return splits, torch.cat(indices).sort().values
+
+
+def fit(
+    network: nn.Module,
+    images: Images,
+    indices: Tensor,
+    settings: Finetune,
+    key: Key,
+    context: Context,
+    fingerprint: str,
+    keeper: "Keeper",
+) -> None:
+    """Train the head, then all that is not frozen; `keeper` looks at the classifier after each epoch."""
+    _, total = steps_of(settings, len(indices), "finetune")
+    names = {name for name, _ in network.named_parameters()}
+    head = {
+        f"{n}.{p}" for n, m in network.named_modules() if m is network.get_classifier() for p, _ in m.named_parameters()
+    }
+    frozen = set()
+    if settings.freeze is not None:
+        stage = B.resolve_stage(network, settings.freeze, "freeze")
+        frozen = B.low_names(network, stage, images.size)
+    alone = round(settings.head_first * total)
+    task = Classify(network, settings, images, average_from=alone)
+    keeper.task = task
+    for still, first, last in ((names - head, 0, alone), (frozen, alone, total)):
+        task.hold(still)
+        train(task, images, indices, settings, key, context, fingerprint, first, last, keeper.look)
+
+
+class Keeper:
+    """Looks at a classifier after each epoch, and keeps the best on the held-out part, and the last.
+
+    Args:
+        context: the run.
+        splits: the images.
+        settings: for the names of what is kept.
+    """
+
+    def __init__(self, context: Context, splits: dict[str, Images], settings: Finetune) -> None:
+        self.context, self.splits, self.settings = context, splits, settings
+        self.task: Classify | None = None
+
+    def done(self) -> bool:
+        """Whether the last classifier was kept, which is the last thing that training does."""
+        return (self.context.folder / "last" / "finetune.json").exists()
+
+    def top1(self, network: nn.Module, split: str) -> float:
+        """Accuracy on the held-out part of train, or on the test split."""
+        images = self.splits["train" if split == "val" else split]
+        indices = images.val if split == "val" else images.all
+        logits = B.extract(network, images, indices, self.context.accelerator, BATCH)["pooled"]
+        return (logits.argmax(1) == images.labels[indices]).double().mean().item()
+
+    def look(self, step: int, total: int) -> None:
+        """Measure after an epoch, and keep what is worth it."""
+        network = self.task.result()
+        top1 = self.top1(network, "val")
+        self.context.say(f"step {step}: {100 * top1:.2f} % of the held-out part")
+        best = self.context.folder / "best" / "finetune.json"
+        if self.context.main and (not best.exists() or top1 > read_json(best)["val_top1"]):
+            self.keep(network, "best", step, top1)
+        if self.context.main and step == total:
+            self.keep(network, "last", step, top1)
+        self.context.accelerator.wait_for_everyone()
+
+    def keep(self, network: nn.Module, name: str, step: int, top1: float) -> None:
+        """Write a classifier's folder."""
+        train = self.splits["train"]
+        with whole_folder(self.context.folder / name) as beside:
+            B.save(network, beside, train, tag="finetuned", label_names=train.label_names)
+            write_json(beside / "finetune.json", {"step": step, "val_top1": top1})
+
+    def measure(self, model: str, settings: Finetune, precision: str) -> None:
+        """Records of the best and the last classifier, on the held-out part and the test split."""
+        path, found = self.context.folder / "records.jsonl", []
+        for name in ("best", "last"):
+            folder = self.context.folder / name
+            network = B.load(folder).to(self.context.accelerator.device)
+            for split in ("val", *(s for s in self.splits if s != "train")):
+                value = self.top1(network, split)
+                source = self.splits["train" if split == "val" else split].fingerprint[:16]
+                found.append(
+                    {
+                        "arm": "finetune",
+                        "model": model,
+                        "seed": settings.seed,
+                        "phase": "finetune",
+                        "round": 0,
+                        "stage": name,
+                        "protocol": "finetune",
+                        "settings": {"labels": settings.labels, "epochs": settings.epochs, "scratch": settings.scratch},
+                        "data": f"{Path(settings.data.path).name}@{source}",
+                        "split": split,
+                        "metric": "top1",
+                        "value": value,
+                        "device": records.device_name(self.context.accelerator.device.type),
+                        "precision": precision,
+                        "weights_sha256": sha256_file(folder / "model.safetensors"),
+                        "versions": records.versions(),
+                    }
+                )
+                self.context.say(f"{name}, {split}: {100 * value:.2f} %")
+        if self.context.main:
+            records.write(path, found)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
