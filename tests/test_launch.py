@@ -31,9 +31,9 @@ def test_a_signal_in_the_loop_waits_to_be_asked_and_handlers_are_put_back():
 
 def test_an_orphan_of_a_launcher_is_asked_to_stop(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    stop = launch.StopSignals()
+    stop, parent = launch.StopSignals(), os.getppid()
     assert not stop.requested()
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: parent + 1)
     assert stop.requested()
     assert stop.number == signal.SIGTERM
 
@@ -41,8 +41,8 @@ def test_an_orphan_of_a_launcher_is_asked_to_stop(monkeypatch):
 def test_without_a_launcher_a_lost_parent_means_nothing(monkeypatch):
     for name in launch.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
-    stop = launch.StopSignals()
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    stop, parent = launch.StopSignals(), os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: parent + 1)
     assert not stop.requested()
 
 
