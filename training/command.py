@@ -1,10 +1,33 @@
-"""What every command shares: what stops it is one sentence and an exit status."""
+"""What every command shares: a parser, and one sentence with an exit status for what stops it."""
 
 import errno
+import re
 import sys
 from collections.abc import Callable, Sequence
 
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
 from .files import Failed, Refused
+
+
+class Parser(ArgumentParser):
+    """A parser that says what is wrong in one sentence."""
+
+    def read(self, arguments: Sequence[str]) -> Namespace:
+        """Parse a command line.
+
+        Raises:
+            Refused: it is wrong.
+        """
+        try:
+            return self.parse_args(list(arguments))
+        except ArgumentError as error:
+            raise Refused(str(error)) from error
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        text = re.sub(r"\s+", " ", str(message)).strip()
+        text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
+        raise Refused(f"{text} (see --help)") from ex
 
 
 def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

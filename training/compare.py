@@ -18,11 +18,11 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from . import arms as A
 from . import backbone as B
 from . import contrast, launch, proxies, records, setup
-from .command import guarded
+from .command import Parser, guarded
 from .files import Refused, lock_folder, whole_folder, write_text
 from .images import Images
 from .loop import Context
-from .recipe import Parser, Recipe, from_values, parser, to_yaml
+from .recipe import Recipe, from_values, parser, to_yaml
 from .run import run, run_arm
 
 GRID_SEED = 0
@@ -52,6 +52,11 @@ def main(arguments: Sequence[str], **defaults: Any) -> None:
         raise Refused("--arms, --seeds and --grid need at least one value each.")
     with launch.StopSignals() as stop:
         compare(from_values(values, made), [a for a in A.ARMS if a in arms], seeds, grid, stop)
+
+
+def setting(lr: float, variant: str | None) -> str:
+    """What of the grid was tried, as records and the screen name it."""
+    return f"lr x{lr:g}" + (f", {variant}" if variant else "")
 
 
 @dataclass
@@ -97,25 +102,25 @@ class Comparison:
         """Run an arm in `folder`, unless it is done; its records."""
         made = self.recipe_of(folder, arm, seed, lr, variant)
         made.evaluate.test = made.evaluate.test and test
-        self.context.say(f"-- {arm}, seed {seed}, learning rate x{lr:g}" + (f", {variant}" if variant else ""))
+        self.context.say(f"-- {arm}, seed {seed}, {setting(lr, variant)}")
         run_arm(made, self.context.stop, arm, self.folder / f"seed_{seed}" / "shared", self.images)
         return [r for r in records.read(folder / "records.jsonl") if r["arm"] == arm]
 
     def tried(self, arm: str, lr: float, variant: str | None) -> float:
         """Pooled linear accuracy on the held-out part of an arm with a setting, which the records keep."""
         rows = self.run(self.grid_folder(arm, lr, variant), arm, GRID_SEED, lr, variant, test=False)
-        self.keep([{**row, "variant": f"lr x{lr:g}" + (f", {variant}" if variant else "")} for row in rows])
+        self.keep([{**row, "variant": setting(lr, variant)} for row in rows])
         pooled = records.value(rows, protocol="linear", stage="pooled", split="val")
         # Without labels nothing can be chosen by accuracy: the recipe's own setting stays.
         return -abs(lr - 1.0) if pooled is None else pooled
 
     def choose(self, arm: str) -> tuple[float, str | None]:
         """The arm's learning-rate factor, and for the proxy its variant, that do best on the held-out part."""
-        if arm in A.UNTUNED or (len(self.grid) == 1 and arm != "proxy"):
+        if arm in A.UNTUNED or len(self.grid) == 1:
             return self.grid[0], None
-        by_lr = {lr: self.tried(arm, lr, None) for lr in self.grid} if len(self.grid) > 1 else {self.grid[0]: 0.0}
+        by_lr = {lr: self.tried(arm, lr, None) for lr in self.grid}
         lr = max(by_lr, key=by_lr.get)
-        if arm != "proxy" or len(self.grid) == 1:
+        if arm != "proxy":
             return lr, None
         by_variant = {None: by_lr[lr], **{name: self.tried(arm, lr, name) for name in A.PROXY_VARIANTS}}
         return lr, max(by_variant, key=by_variant.get)

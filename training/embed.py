@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import backbone as B
 from . import clusters, images, launch, proxies, recipe
-from .command import guarded
+from .command import Parser, guarded
 from .files import Refused, read_json, sha256_file, whole_file
 from .images import Images
 from .loop import Context
@@ -21,8 +21,8 @@ from .loop import Context
 ROWS = 8192  # images between two writes
 
 
-def command() -> recipe.Parser:
-    parser = recipe.Parser(
+def command() -> Parser:
+    parser = Parser(
         prog="python -m training.embed",
         description="Write the features of images, with their paths, as a parquet file.",
         usage="%(prog)s MODEL --data.path DATA --out OUT.parquet [--clusters ROUND] [--FIELD VALUE ...]",
@@ -43,8 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command()
     given = parser.read(arguments)
     data: recipe.Data = parser.instantiate(given).data
-    if not data.path:
-        raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
+    recipe.check_data(data)
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
         accelerator = launch.start("fp32", None, scratch)
         if accelerator.num_processes > 1:

@@ -16,15 +16,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import images as I
 from . import launch, records, views
-from .command import guarded
+from .command import Parser, guarded
 from .files import Refused, lock_folder, read_json, sha256_file, sha256_json, whole_folder, write_json
 from .images import Images
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
-from .recipe import BelowOne, Data, Log, Model, Parser, Schedule, Views, check_schedule, flatten
-from .setup import refuse_other
+from .recipe import BelowOne, Data, Log, Model, Schedule, Views, check_data, check_schedule, flatten, named_folder
+from .setup import load_splits, refuse_other
 from .task import Batch, Task, accuracy
 
 BATCH = 512  # images of a forward pass that measures
@@ -154,8 +153,7 @@ def main(arguments: Sequence[str]) -> None:
     name = values.pop("model")
     made = parser.instantiate(values)
     settings = Finetune(**{f.name: made[f.name] for f in dataclasses.fields(Finetune)})
-    if not settings.data.path:
-        raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
+    check_data(settings.data)
     check_schedule(settings)
     with launch.StopSignals() as stop:
         finetune(f"local-dir:{name}" if Path(name).is_dir() else name, settings, stop)
@@ -211,12 +209,8 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
 
 def run_folder(name: str, settings: Finetune) -> Path:
     """``--run`` if given, else one named after the model and the data."""
-    if settings.run:
-        return Path(settings.run) if "/" in settings.run else Path("runs") / settings.run
-    return (
-        Path("runs")
-        / f"{Path(name.removeprefix('local-dir:')).resolve().name}_{Path(settings.data.path).stem}_finetune"
-    )
+    source = Path(name.removeprefix("local-dir:")).resolve().name
+    return named_folder(settings.run or f"{source}_{Path(settings.data.path).stem}_finetune")
 
 
 def load_images(network: nn.Module, settings: Finetune, context: Context) -> tuple[dict[str, Images], Tensor]:
@@ -227,13 +221,8 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
     """
     size = network.pretrained_cfg["input_size"][-1]
     data = dataclasses.replace(settings.data, size=size)
-    shared, splits = context.accelerator.num_processes > 1, {}
-    for turn in (True, False):  # the main process decodes before the others read
-        if context.main == turn:
-            splits["train"] = I.load(data, data.split, context.folder, in_file=shared)
-            if test := I.find_test_split(data):
-                splits["test"] = I.load(data, test, context.folder, like=splits["train"], in_file=shared)
-        context.accelerator.wait_for_everyone()
+    train, test = load_splits(data, context)
+    splits = {"train": train, **({"test": test} if test else {})}
     for split, images in splits.items():
         unknown = "all" if images.labels is None else int((images.labels[images.all] < 0).sum())
         if unknown:

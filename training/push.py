@@ -15,9 +15,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .command import guarded
+from .command import Parser, guarded
 from .files import Failed, Refused, read_json, sha256_file
-from .recipe import Parser
 
 NEEDED = ("config.json", "model.safetensors", "README.md")
 TITLE = "SSL++ backbone"

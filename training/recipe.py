@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -23,6 +23,7 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
+from .command import Parser
 from .files import Refused
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -282,26 +283,6 @@ def phase_fields(recipe: Recipe, phase: str) -> dict[str, Any]:
     return {name: value for name, value in flatten(recipe).items() if read(name)}
 
 
-class Parser(ArgumentParser):
-    """A parser that says what is wrong in one sentence."""
-
-    def read(self, arguments: Sequence[str]) -> Namespace:
-        """Parse a command line.
-
-        Raises:
-            Refused: it is wrong.
-        """
-        try:
-            return self.parse_args(list(arguments))
-        except ArgumentError as error:
-            raise Refused(str(error)) from error
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        text = re.sub(r"\s+", " ", str(message)).strip()
-        text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
-        raise Refused(f"{text} (see --help)") from ex
-
-
 ABOUT = "A recipe in, a run folder out. Without any argument: the quickstart, on digits. Started again, it goes on."
 
 
@@ -337,11 +318,16 @@ def from_values(values: Any, command: Parser) -> Recipe:
 def run_folder(recipe: Recipe, config: Path | None = None) -> Path:
     """``--run`` if given, else the recipe's name under runs/."""
     if recipe.run:
-        return Path(recipe.run) if "/" in recipe.run else Path("runs") / recipe.run
+        return named_folder(recipe.run)
     if config is not None:
-        return Path("runs") / (config.resolve().parent.name if config.stem == "recipe" else config.stem)
-    name = re.sub(r"[^\w.-]+", "_", f"{recipe.model.name}.{recipe.proxy.name}_{Path(recipe.data.path or '').stem}")
-    return Path("runs") / name
+        return named_folder(config.resolve().parent.name if config.stem == "recipe" else config.stem)
+    name = f"{recipe.model.name}.{recipe.proxy.name}_{Path(recipe.data.path or '').stem}"
+    return named_folder(re.sub(r"[^\w.-]+", "_", name))
+
+
+def named_folder(run: str) -> Path:
+    """The folder that ``--run`` names: a path, or a name under runs/."""
+    return Path(run) if "/" in run else Path("runs") / run
 
 
 def check(recipe: Recipe) -> None:
@@ -350,8 +336,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         Refused: naming the field.
     """
-    if not recipe.data.path:
-        raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
+    check_data(recipe.data)
     for phase in ("proxy", "relearn"):
         check_schedule(getattr(recipe, phase), f"{phase}.")
     if recipe.relearn.epochs == 0:
@@ -362,6 +347,16 @@ def check(recipe: Recipe) -> None:
         raise Refused(f"clusters.k: {recipe.clusters.k} names a number of clusters twice.")
     if not recipe.evaluate.linear_c or not recipe.evaluate.knn_k:
         raise Refused("evaluate.linear_c and evaluate.knn_k need at least one value each.")
+
+
+def check_data(data: Data) -> None:
+    """Refuse data that nobody named.
+
+    Raises:
+        Refused: naming the field.
+    """
+    if not data.path:
+        raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
 
 
 def check_schedule(schedule: Schedule, prefix: str = "") -> None:

@@ -18,7 +18,7 @@ from .files import Refused, lock_folder, read_json, write_json, write_text
 from .images import Images
 from .launch import Key, StopSignals, resolve_precision, seed_all, start
 from .loop import Context, steps_of
-from .recipe import READS, Recipe, Schedule, phase_fields, to_yaml
+from .recipe import READS, Data, Recipe, Schedule, phase_fields, to_yaml
 from .task import BackboneTask
 
 
@@ -147,19 +147,25 @@ def run_precision(asked: str, folder: Path) -> str:
 
 def load_images(recipe: Recipe, network: nn.Module, context: Context) -> tuple[Images, Images | None]:
     """The training split and the test split, if there is one, as the network is to see them."""
-    data, shared = recipe.data, context.accelerator.num_processes > 1
+    splits = load_splits(recipe.data, context)
+    if not recipe.model.pretrained:
+        return splits
+    source = network.pretrained_cfg
+    own = {"mean": tuple(source["mean"]), "std": tuple(source["std"])}
+    train, test = (dataclasses.replace(split, **own) if split else None for split in splits)
+    return train, test
+
+
+def load_splits(data: Data, context: Context) -> tuple[Images, Images | None]:
+    """The training split and the test split, if there is one; the main process decodes before the others read."""
+    shared = context.accelerator.num_processes > 1
 
     def load() -> tuple[Images, Images | None]:
         train = images.load(data, data.split, context.folder, in_file=shared)
-        if recipe.model.pretrained:
-            source = network.pretrained_cfg
-            train = dataclasses.replace(train, mean=tuple(source["mean"]), std=tuple(source["std"]))
         split = images.find_test_split(data)
         return train, images.load(data, split, context.folder, like=train, in_file=shared) if split else None
 
-    found = None
-    if context.main:
-        found = load()
+    found = load() if context.main else None
     context.accelerator.wait_for_everyone()
     return found or load()
 

@@ -71,11 +71,10 @@ class Rows:
 
 def draw(views: Views, sides: Tensor, draws: Draws) -> Rows:
     """Draw the parameters of a view of each image, whose sides are given in px."""
-    size = draws.stop - draws.start
     strength = torch.tensor([views.brightness, views.contrast, views.saturation, views.hue], dtype=torch.float64)
     centre = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     sigma = draws.uniform(low=views.blur_sigma[0], high=views.blur_sigma[1])
-    rows = Rows(
+    return Rows(
         box=_draw_boxes(views, sides.cpu(), draws),
         flip=draws.uniform() < views.flip,
         order=draws.uniform(4).argsort(1),
@@ -86,8 +85,6 @@ def draw(views: Views, sides: Tensor, draws: Draws) -> Rows:
         sigma=torch.where(draws.uniform() < views.blur, sigma, 0.0),
         turn=torch.where(draws.uniform() < views.turn, 1 + draws.integers(3), 0),
     )
-    assert len(rows.flip) == size
-    return rows
 
 
 def _draw_boxes(views: Views, sides: Tensor, draws: Draws, attempts: int = 10) -> Tensor:
