@@ -19,8 +19,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants, hf_api
+from huggingface_hub.utils import _http
 from PIL import Image
 
+from tests.hub_server import Hub
 from training import launch
 from training.command import guarded
 from training.images import Images
@@ -125,3 +128,32 @@ def call(main, *arguments):
 def write_png(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(array, np.uint8)).save(path)
+
+
+@pytest.fixture(scope="session")
+def finished(picture_folder, tmp_path_factory):
+    """A tiny run, made as a user would, and what the command said; look at it, but change a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    done = command("training", *TINY_RUN, "--data.path", picture_folder, "--run", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub over loopback that this process's clients talk to, as alice, who may write; without Xet."""
+    server = Hub()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(
+        _http, "time", type("Clock", (), {"sleep": staticmethod(lambda seconds: None), "time": __import__("time").time})
+    )
+    monkeypatch.setenv("HF_TOKEN", "write-alice")
+    yield server
+    server.close()

@@ -106,17 +106,17 @@ class Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {unquote(path.path)}"
         self.hub.requests.append(line)
         self.lose = self.flaw = None
-        for fault in self.hub.faults:
-            if fault.times > 0 and re.search(fault.match, line):
-                fault.times -= 1
-                if isinstance(fault.action, int):
-                    return self.refuse(fault.action, message="injected fault")
-                if fault.action == "drop":
-                    return self.hang_up()
-                if fault.action == "lose":
-                    self.lose = True
-                else:
-                    self.flaw = fault.action
+        fault = next((f for f in self.hub.faults if f.times > 0 and re.search(f.match, line)), None)
+        if fault:
+            fault.times -= 1
+            if isinstance(fault.action, int):
+                return self.refuse(fault.action, message="injected fault")
+            if fault.action == "drop":
+                return self.hang_up()
+            if fault.action == "lose":
+                self.lose = True
+            else:
+                self.flaw = fault.action
         if not self.identify():
             return None
         for method, pattern, answer in ROUTES:

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from tests.conftest import make_images
 from training import backbone as B
 from training import clusters as C
+from training import recipe
 from training.files import Refused
 from training.launch import Key
 from training.proxies.rotation import Rotation
@@ -22,12 +23,10 @@ def network(size=16):
     return B.create(Model("test_resnet"), size).eval()
 
 
-def make(images, context, folder, **settings):
+def make(images, context, folder, views=Rotation.nuisance, **settings):
     folder.mkdir(exist_ok=True)
     chosen = Clusters(**{"k": [3, 5], "whiten": 6, **settings})
-    return C.cluster(
-        network(images.size), images, chosen, Rotation.nuisance, Key(0, "clusters", 1), context, 16, folder
-    )
+    return C.cluster(network(images.size), images, chosen, views, Key(0, "clusters", 1), context, 16, folder)
 
 
 def test_whitening_is_scikit_learns_pca_up_to_signs():
@@ -37,6 +36,15 @@ def test_whitening_is_scikit_learns_pca_up_to_signs():
     assert np.abs(np.abs(ours.numpy()) - np.abs(theirs)).max() < 1e-3
     unit = C.fit_whitening(rows, 4)(rows)
     assert torch.allclose(unit.norm(dim=1), torch.ones(200), atol=1e-5)
+
+
+def test_whitening_by_a_power_leaves_a_part_of_the_spectrum():
+    rows = torch.randn(500, 5) * torch.tensor([16.0, 9, 4, 1, 0.25])
+    for power in (0.0, 0.5, 1.0):
+        whitening = C.fit_whitening(rows, 5, power)
+        found = ((rows - whitening.mean) @ whitening.projection).std(0)
+        expected = PCA(5).fit(rows.numpy()).explained_variance_ ** ((1 - power) / 2)
+        assert np.allclose(found, expected, rtol=1e-3)
 
 
 def test_whitening_drops_directions_without_variance_and_serves_equal_rows():
@@ -71,6 +79,24 @@ def test_averaged_features_do_not_know_the_rotation(tiny, context):
     one = C.averaged(network(), tiny, 2, Rotation.nuisance, context, 16)[0]
     other = C.averaged(network(), turned, 2, Rotation.nuisance, context, 16)[0]
     assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], ["nuisance", "familiar", "familiar"]),
+        (["--clusters.average", "nuisance"], ["nuisance"] * 3),
+        (["--clusters.average", "none"], ["none"] * 3),
+        (["--proxy.epochs", "0"], ["nuisance", "familiar", "familiar"]),  # an untrained network is no other's
+        (["--model.pretrained", "true"], ["nuisance", "familiar", "familiar"]),
+        (["--model.pretrained", "true", "--proxy.epochs", "0"], ["familiar"] * 3),
+    ],
+)
+def test_what_a_round_averages_over(changes, expected):
+    made = recipe.parse(["--data.path", "digits", *changes])
+    assert [C.averaging(made, number) for number in (1, 2, 3)] == expected
+    kinds = {kind: C.views_of(kind, Rotation.nuisance) for kind in expected}
+    assert all(len(views) == {"nuisance": 8, "familiar": 6, "none": 1}[kind] for kind, views in kinds.items())
 
 
 def test_files_tell_every_images_label_and_distance(tiny, context, tmp_path):
@@ -108,7 +134,7 @@ def test_budget_counts_a_third_of_each_forward_pass(tiny, context, tmp_path):
     assert context.budget["images"] == pytest.approx(len(tiny) * 8 / 3)
     assert context.budget["flops"] > len(tiny) * 8 * B.forward_flops(network(), 16)
     context.budget = {"images": 0.0, "flops": 0.0, "seconds": 0.0}
-    make(tiny, context, tmp_path / "b", average=False)
+    make(tiny, context, tmp_path / "b", views=Rotation.nuisance[:1])
     assert context.budget["images"] == pytest.approx(len(tiny) / 3)
 
 

@@ -6,32 +6,11 @@ import shutil
 
 import pytest
 from huggingface_hub import constants, hf_api
-from huggingface_hub.utils import _http
 
 from tests.conftest import call, make_images
-from tests.hub_server import Hub
 from training import backbone as B
 from training import push
 from training.recipe import Model
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    server = Hub()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(
-        _http, "time", type("Clock", (), {"sleep": staticmethod(lambda seconds: None), "time": __import__("time").time})
-    )
-    monkeypatch.setenv("HF_TOKEN", "write-alice")
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

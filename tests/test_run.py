@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from tests.conftest import ROOT, TINY_RUN, call, command
+from tests.conftest import ROOT, TINY_RUN, call
 from training import embed, recipe, records
 from training.__main__ import main
 from training.files import read_json, read_lines, sha256_file
@@ -18,14 +18,6 @@ from training.files import read_json, read_lines, sha256_file
 
 def train(folder, data, *more):
     return call(main, *TINY_RUN, "--data.path", data, "--run", folder, *more)
-
-
-@pytest.fixture(scope="module")
-def finished(picture_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    done = command("training", *TINY_RUN, "--data.path", picture_folder, "--run", folder)  # as a user would
-    assert done.returncode == 0, done.stderr
-    return folder, done
 
 
 def test_a_folder_of_images_becomes_a_run_folder(finished):

@@ -122,3 +122,14 @@ def test_small_images_of_a_batch_are_cropped_within_their_own_side():
     rows = V.draw(without(crop_scale=(0.2, 1.0)), sides, V.Draws(0, 2))
     assert torch.allclose(V.apply(batch, rows, 16)[1], torch.tensor(7 / 255))
     assert torch.allclose(V.plain(batch, sides, 0.9, 16)[1], torch.tensor(7 / 255))
+
+
+def test_familiar_views_are_the_image_its_mirror_image_and_its_corners():
+    images = torch.rand(3, 3, 20, 20)
+    same, flipped, *corners = (view(images) for view in V.FAMILIAR)
+    assert torch.equal(same, images)
+    assert torch.equal(flipped, images.flip(3))
+    for found, (down, across, mirrored) in zip(corners, [(0, 0, 0), (0, 4, 1), (4, 0, 1), (4, 4, 0)], strict=True):
+        cut = images[:, :, down : down + 16, across : across + 16]
+        expected = F.resize(cut, [20, 20], InterpolationMode.BILINEAR, antialias=True)
+        assert torch.allclose(found, expected.flip(3) if mirrored else expected, atol=1e-5)

@@ -8,7 +8,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .clusters import averaging
 from .recipe import Recipe, Schedule
+from .views import FAMILIAR
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,19 @@ def images_of(schedule: Schedule, counts: Counts) -> int:
     return round(schedule.epochs * epoch) * schedule.batch_size
 
 
-def clustering_images(recipe: Recipe, counts: Counts) -> float:
-    """What the forward passes of one round's phase 2 count."""
+def clustering_images(recipe: Recipe, counts: Counts, number: int) -> float:
+    """What the forward passes of a round's phase 2 count."""
     if recipe.clusters.source == "labels":
         return 0.0
-    return counts.usable * (counts.views if recipe.clusters.average else 1) / 3
+    views = {"nuisance": counts.views, "familiar": len(FAMILIAR), "none": 1}[averaging(recipe, number)]
+    return counts.usable * views / 3
 
 
 def budget(recipe: Recipe, counts: Counts) -> float:
     """Images that a recipe sees in all."""
-    one_round = images_of(recipe.relearn, counts) + clustering_images(recipe, counts)
-    return images_of(recipe.proxy, counts) + recipe.relearn.rounds * one_round
+    rounds = range(1, recipe.relearn.rounds + 1)
+    relearned = sum(images_of(recipe.relearn, counts) + clustering_images(recipe, counts, number) for number in rounds)
+    return images_of(recipe.proxy, counts) + relearned
 
 
 def lengthen(schedule: Schedule, images: float, counts: Counts) -> None:
@@ -70,11 +74,11 @@ def clusterfit(recipe: Recipe, counts: Counts) -> None:
     """Yan et al. 2020: last stage, no whitening, no averaging, one k, a linear head, every layer from random."""
     whole = budget(recipe, counts)
     clusters, relearn = recipe.clusters, recipe.relearn
-    clusters.stage, clusters.whiten, clusters.average = -1, 0, False
+    clusters.stage, clusters.whiten, clusters.average = -1, 0, "none"
     clusters.k = [sorted(clusters.k)[len(clusters.k) // 2]]
     relearn.rounds, relearn.reinit, relearn.settle = 1, "all", 0.0
     relearn.mlp_layers, relearn.ema, relearn.label_smoothing, relearn.drop = 0, 0.0, 0.0, 0.0
-    lengthen(relearn, whole - images_of(recipe.proxy, counts) - clustering_images(recipe, counts), counts)
+    lengthen(relearn, whole - images_of(recipe.proxy, counts) - clustering_images(recipe, counts, 1), counts)
 
 
 def scratch(recipe: Recipe, counts: Counts) -> None:

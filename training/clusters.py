@@ -1,10 +1,10 @@
 """Phase 2: features of one stage to pseudo-labels.
 
 Features are averaged over the proxy's nuisance views, so that what the proxy is covariant with drops out, whitened by
-PCA, brought to unit length, and clustered for each k.
+PCA, brought to unit length, and clustered for each k. A relearned network has not seen the nuisance views for long: its
+features are averaged over the kind of views that it was relearned on.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from .images import Images
 from .kmeans import assign, kmeans
 from .launch import Key
 from .loop import Context
+from .views import FAMILIAR, View
 
 METRICS = ("agreement_of_seeds", "agreement_of_views", "nmi", "purity", "inertia")  # of a clustering, as records tell
-View = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -40,9 +40,10 @@ class Whitening:
         return torch.nn.functional.normalize((features - self.mean) @ self.projection, dim=1)
 
 
-def fit_whitening(features: Tensor, dimensions: int) -> Whitening:
+def fit_whitening(features: Tensor, dimensions: int, power: float = 1.0) -> Whitening:
     """PCA whitening of [n, D] features to at most `dimensions`; 0 leaves them as they are, but for their length.
 
+    Each direction is divided by its standard deviation to the `power`: 1 makes all variances equal, 0 leaves them.
     Directions of less than a millionth of the largest variance are noise of the arithmetic and are dropped.
     """
     width = features.shape[1]
@@ -58,7 +59,7 @@ def fit_whitening(features: Tensor, dimensions: int) -> Whitening:
     vectors = (
         vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     )  # a sign that is always the same
-    return Whitening(mean, (vectors / values[:kept].clamp(min=1e-30).sqrt()).float())
+    return Whitening(mean, (vectors / values[:kept].clamp(min=1e-30) ** (power / 2)).float())
 
 
 def purity(labels: np.ndarray, classes: np.ndarray) -> float:
@@ -71,6 +72,19 @@ def purity(labels: np.ndarray, classes: np.ndarray) -> float:
 def nmi(one: np.ndarray, other: np.ndarray) -> float:
     """Normalised mutual information of two clusterings, arithmetic mean in the denominator."""
     return float(normalized_mutual_info_score(one, other))
+
+
+def averaging(recipe: recipe.Recipe, number: int) -> str:
+    """Over which views a round's features are averaged: "nuisance", "familiar" or "none"."""
+    if recipe.clusters.average != "auto":
+        return recipe.clusters.average
+    by_proxy = recipe.proxy.epochs > 0 or not recipe.model.pretrained
+    return "nuisance" if by_proxy and number == 1 else "familiar"
+
+
+def views_of(averaging: str, nuisance: tuple[View, ...]) -> tuple[View, ...]:
+    """The views that features are averaged over, the first of which changes nothing."""
+    return {"nuisance": nuisance, "familiar": FAMILIAR, "none": nuisance[:1]}[averaging]
 
 
 def averaged(
@@ -89,7 +103,7 @@ def cluster(
     network: nn.Module,
     images: Images,
     settings: recipe.Clusters,
-    nuisance: tuple[View, ...],
+    views: tuple[View, ...],
     key: Key,
     context: Context,
     batch_size: int,
@@ -103,7 +117,7 @@ def cluster(
         network: whose features are clustered, on the device.
         images: the training split.
         settings: the recipe's phase 2.
-        nuisance: the proxy's nuisance views, the first of which changes nothing.
+        views: that features are averaged over; agreement_of_views compares the first with the last.
         key: seeds k-means.
         context: the run.
         batch_size: images of a forward pass.
@@ -115,15 +129,11 @@ def cluster(
     accelerator, usable = context.accelerator, images.all
     stage = B.resolve_stage(network, settings.stage, "clusters.stage")
     flops = B.forward_flops(network, images.size)
-    views = nuisance if settings.average else nuisance[:1]
     mean, first, last = averaged(network, images, stage, views, context, batch_size)
     # A forward pass counts a third of a training step's view (a backward pass costs about two forward ones).
     context.spend(len(usable) * len(views) / 3, len(usable) * len(views) * flops, 0.0)
-    if len(views) == 1:
-        view = nuisance[-1]
-        last = B.extract(network, images, usable, accelerator, batch_size, [stage], view)[stage]
     train = ~images.held_out[usable]
-    whitening = fit_whitening(mean[train], settings.whiten)
+    whitening = fit_whitening(mean[train], settings.whiten, settings.whiten_power)
     rows, first, last = whitening(mean), whitening(first), whitening(last)
     # In order, so that the seeding draws the same rows whatever the number of processes.
     mine = rows[train].tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
@@ -142,10 +152,12 @@ def cluster(
             "iterations": runs[0].iterations,
             "repaired": runs[0].repaired,
             "agreement_of_seeds": nmi(labels[chosen], assign(rows[train], second)[0].numpy()),
-            "agreement_of_views": nmi(assign(first[train], best)[0].numpy(), assign(last[train], best)[0].numpy()),
             "sizes": np.bincount(labels[chosen], minlength=k).tolist(),
             **against_classes(labels, images, usable, train),
         }
+        if len(views) > 1:
+            one, other = (assign(x[train], best)[0].numpy() for x in (first, last))
+            report[str(k)]["agreement_of_views"] = nmi(one, other)
         products = sum(
             run.iterations + 1 for run in runs
         )  # of all rows with all centroids; the last one is the seeding

@@ -69,8 +69,7 @@ def assign(folder: Path, found: Images, context: Context, batch_size: int) -> di
         raise Refused(f"--clusters: the backbone whose features {folder} clusters is not beside it.")
     network = B.load(source).to(context.accelerator.device)
     stage = B.resolve_stage(network, read["clusters.stage"], "clusters.stage")
-    nuisance = proxies.PROXIES[read["proxy.name"]].nuisance
-    views = nuisance if read["clusters.average"] else nuisance[:1]
+    views = clusters.views_of(read["views"], proxies.PROXIES[read["proxy.name"]].nuisance)
     seen = B.as_seen_by(network, found)
     return earlier(clusters.averaged(network, seen, stage, views, context, batch_size)[0])
 

@@ -163,10 +163,13 @@ class Clusters:
     """What is clustered: the backbone's features; an untrained network's; or nothing, the true labels are taken."""
     stage: int = -2
     """Stage whose features are clustered, an index into timm's feature_info."""
-    average: bool = True
-    """Average the features over the proxy's nuisance views."""
+    average: Literal["auto", "nuisance", "familiar", "none"] = "auto"
+    """Views that features are averaged over: the proxy's nuisance views; flips and crops, which relearning makes
+    familiar; auto: nuisance where the proxy was trained in this run and nothing is relearned yet, else familiar."""
     whiten: NonNegativeInt = 256
     """Dimensions kept by PCA whitening, at most the features'; 0 leaves them as they are."""
+    whiten_power: ClosedUnitInterval = 0.5
+    """Power of its standard deviation that each dimension is divided by: 1 makes all equal, 0 leaves the spectrum."""
     k: list[PositiveInt] = field(default_factory=lambda: [1000, 3000, 10000])
     """Numbers of clusters, a clustering each."""
     restarts: Restarts = 2

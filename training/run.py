@@ -157,7 +157,8 @@ def phase_proxy(this: Run) -> Path:
 def phase_clusters(this: Run, source: Path, number: int) -> Path:
     """Phase 2: labels.parquet in round_N/, from the features of the backbone in `source`."""
     folder, settings = this.folder / f"round_{number}", this.recipe.clusters
-    read = reads(this, "clusters", backbone=source / "model.safetensors")
+    over = clusters.averaging(this.recipe, number)
+    read = {**reads(this, "clusters", backbone=source / "model.safetensors"), "views": over}
     if done(this, folder / "clusters.json", read):
         return folder
     with phase(this, folder / "clusters.json", read) as told:
@@ -171,7 +172,7 @@ def phase_clusters(this: Run, source: Path, number: int) -> Path:
                 network,
                 this.train,
                 settings,
-                this.proxy.nuisance,
+                clusters.views_of(over, this.proxy.nuisance),
                 this.key("clusters", number),
                 this.context,
                 this.recipe.evaluate.batch_size,

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .recipe import Views
 
+View = Callable[[Tensor], Tensor]  # [B, 3, H, W] to the same
+
 JITTER = ("brightness", "contrast", "saturation", "hue")
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 
@@ -246,3 +248,30 @@ def turn(images: Tensor, quarters: Tensor) -> Tensor:
     for quarter in (1, 2, 3):
         images = _change(images, quarters == quarter, lambda part, _, q=quarter: torch.rot90(part, q, (2, 3)))
     return images
+
+
+def _corner(bottom: bool, right: bool, flipped: bool, side: float = 0.8) -> View:
+    def view(images: Tensor) -> Tensor:
+        size = images.shape[2]
+        length = round(side * size)
+        start = torch.tensor([size - length if far else 0 for far in (bottom, right)], dtype=torch.float32)
+        box = torch.cat([start, start.new_full((2,), length)]).expand(len(images), 4)
+        return resized_crop(images, box, size, torch.full((len(images),), flipped))
+
+    return view
+
+
+def _same(images: Tensor) -> Tensor:
+    return images
+
+
+def _flipped(images: Tensor) -> Tensor:
+    return images.flip(3)
+
+
+# What random views make a network familiar with: the image, its mirror image, its corners (every other one mirrored).
+FAMILIAR: tuple[View, ...] = (
+    _same,
+    _flipped,
+    *(_corner(bottom, right, bottom != right) for bottom in (False, True) for right in (False, True)),
+)
