@@ -66,6 +66,15 @@ def test_pushing_again_sends_nothing_and_a_new_card_replaces_the_old(hub, run):
     assert {name for name in on_hub(hub) if name.startswith("report")} == {"report/other.png"}
 
 
+def test_the_cards_lines_name_the_repository(hub, run):
+    card = run / "hub" / "README.md"
+    card.write_text('timm.create_model("hf-hub:ORG/NAME")')
+    assert call(push.main, run, "org/net").returncode == 0
+    assert on_hub(hub)["README.md"] == b'timm.create_model("hf-hub:org/net")'
+    assert "ORG/NAME" in card.read_text()
+    assert "nothing was sent" in call(push.main, run, "org/net").stdout
+
+
 def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(hub, run):
     done = call(push.main, run, "org/net", "--dry-run")
     assert done.returncode == 0

@@ -160,11 +160,11 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
                     shutil.copytree(tried, beside, ignore=shutil.ignore_patterns("records.jsonl"), dirs_exist_ok=True)
             accelerator.wait_for_everyone()
             this.keep(this.run(place, arm, seed, lr, variant, test=True))
-        if arm == "sslpp":  # whose backbone is worth having: with a report and hub/ of its own
-            place = folder / f"seed_{seeds[0]}" / arm
-            run(this.recipe_of(place, arm, seeds[0], lr, variant), stop, images)
-    if context.main:
-        context.say(contrast.write(folder))
+    text = contrast.write(folder) if context.main else ""
+    if "sslpp" in arms:  # whose backbone is worth having: with a report and hub/ of its own
+        place = folder / f"seed_{seeds[0]}" / "sslpp"
+        run(this.recipe_of(place, "sslpp", seeds[0], *this.choose("sslpp")), stop, images, folder)
+    context.say(text)
     if lock:
         lock.close()
 

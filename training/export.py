@@ -2,19 +2,22 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 
 from . import backbone as B
-from . import report
+from . import card
 from .files import Failed, whole_folder
 from .images import Images
 from .recipe import Recipe
+from .records import read
+from .report import Records
 
 
-def export(folder: Path, source: Path, images: Images, records: list[dict[str, Any]], recipe: Recipe) -> Path:
+def export(
+    folder: Path, source: Path, images: Images, records: Records, recipe: Recipe, arm: str, comparison: Path | None
+) -> Path:
     """Write ``hub/`` beside the phases and load it again.
 
     Args:
@@ -23,6 +26,8 @@ def export(folder: Path, source: Path, images: Images, records: list[dict[str, A
         images: the training split, whose statistics the folder carries.
         records: what was measured.
         recipe: what made it.
+        arm: what the backbone is called in the records.
+        comparison: folder of the comparison that this run is an arm of.
 
     Returns:
         The written folder.
@@ -32,10 +37,13 @@ def export(folder: Path, source: Path, images: Images, records: list[dict[str, A
     """
     hub = folder / "hub"
     with whole_folder(hub) as beside:
-        B.save(B.load(source), beside, images, tag=recipe.proxy.name)
-        (beside / "README.md").write_text(card(folder, records, recipe), encoding="utf-8")
+        B.save(B.load(source), beside, images, tag=recipe.proxy.name, license=recipe.card.license or "")
         if (folder / "report").exists():
             shutil.copytree(folder / "report", beside / "report")
+        if comparison and (comparison / "report" / "stages.png").exists():
+            shutil.copy(comparison / "report" / "stages.png", beside / "report" / "arms.png")
+        compared = read(comparison / "records.jsonl") if comparison else []
+        card.write(beside, (comparison or folder).name, records, compared, recipe, arm)
     check(hub, source, images)
     return hub
 
@@ -54,28 +62,3 @@ def check(hub: Path, source: Path, images: Images, count: int = 16) -> None:
         # Equal weights may lie differently in memory, which changes the last bits of a product.
         if not same or not torch.allclose(written(batch), original(batch), rtol=1e-4, atol=1e-5):
             raise Failed(f"{hub} does not give the features of {source}; please report this with its recipe.yaml.")
-
-
-def card(folder: Path, records: list[dict[str, Any]], recipe: Recipe) -> str:
-    """README.md of the exported folder."""
-    arms = [name for name in ("random", "proxy_short", "sslpp") if any(r["arm"] == name for r in records)]
-    tables = "\n\n".join(report.as_markdown(lines) for _, lines in report.tables(records, arms))
-    return f"""---
-library_name: timm
-pipeline_tag: image-feature-extraction
-tags: [timm, transformers, image-feature-extraction, self-supervised]
----
-# {folder.name}
-
-A {recipe.model.name} backbone without a head, trained without labels: first on {recipe.proxy.name} prediction, then by
-SSL++ (Chen et al., IEEE TIP 2022, doi 10.1109/TIP.2021.3135470; our reading of the abstract), which keeps the low
-layers and relearns the high ones from clusters of the features.
-
-```python
-{report.usage(Path("FOLDER"), recipe.data.size)}
-```
-
-{report.gain(records, "sslpp")}
-
-{tables}
-"""

@@ -15,11 +15,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .card import REPOSITORY
 from .command import Parser, guarded
 from .files import Failed, Refused, read_json, sha256_file
 
 NEEDED = ("config.json", "model.safetensors", "README.md")
 TITLE = "SSL++ backbone"
+Files = dict[str, Path | bytes]
 
 
 def command() -> Parser:
@@ -39,7 +41,7 @@ def command() -> Parser:
 
 def main(arguments: Sequence[str]) -> None:
     given = command().read(arguments)
-    files = collect(Path(given.run))
+    files = collect(Path(given.run), given.repo)
     try:
         validate_repo_id(given.repo)
     except HFValidationError as error:
@@ -47,15 +49,18 @@ def main(arguments: Sequence[str]) -> None:
     if given.create_pr and given.revision not in (None, "main"):
         raise Refused("--create-pr goes to main; leave --revision out.")
     if given.dry_run:
-        for name, path in files.items():
-            print(f"{path.stat().st_size:>12,} bytes  {name}")
+        for name, file in files.items():
+            size = len(file) if isinstance(file, bytes) else file.stat().st_size
+            print(f"{size:>12,} bytes  {name}")
         print(f"{len(files)} files would be sent to {given.repo}" + (f"@{given.revision}" if given.revision else ""))
         return
     print(push(files, given.repo, given.private, given.revision, given.create_pr))
 
 
-def collect(run: Path) -> dict[str, Path]:
+def collect(run: Path, repo: str) -> Files:
     """The files to publish, by their name in the repository; nothing pickled, nothing else that lies there.
+
+    The card's lines of code name the repository.
 
     Raises:
         Refused: the folder is not one that was exported.
@@ -67,10 +72,12 @@ def collect(run: Path) -> dict[str, Path]:
     if "architecture" not in read_json(folder / "config.json"):
         raise Refused(f"{folder / 'config.json'} names no architecture, so that timm could not load it.")
     pictures = sorted((folder / "report").glob("*.png"))
-    return {str(path.relative_to(folder)): path for path in (*(folder / name for name in NEEDED), *pictures)}
+    files: Files = {str(path.relative_to(folder)): path for path in (*(folder / name for name in NEEDED), *pictures)}
+    files["README.md"] = (folder / "README.md").read_bytes().replace(REPOSITORY.encode(), repo.encode())
+    return files
 
 
-def push(files: dict[str, Path], repo: str, private: bool, revision: str | None, create_pr: bool) -> str:
+def push(files: Files, repo: str, private: bool, revision: str | None, create_pr: bool) -> str:
     """Send files in one commit; what to tell the user.
 
     A push that finds everything there already sends nothing, so that doing it again after any failure ends well.
@@ -110,23 +117,20 @@ def push(files: dict[str, Path], repo: str, private: bool, revision: str | None,
     return f'sent to {url} as {name}; load it with timm.create_model("hf-hub:{repo}", pretrained=True)'
 
 
-def same(api: HfApi, repo: str, revision: str | None, files: dict[str, Path]) -> bool:
+def same(api: HfApi, repo: str, revision: str | None, files: Files) -> bool:
     """Whether a repository holds exactly these contents under these names."""
     try:
         found = {item.path: item for item in api.get_paths_info(repo, list(files), revision=revision)}
     except RepositoryNotFoundError:
         return False
-    for name, path in files.items():
-        item = found.get(name)
-        if item is None:
-            return False
-        expected, actual = (sha256_file(path), item.lfs.sha256) if item.lfs else (git_sha1(path), item.blob_id)
-        if expected != actual:
-            return False
-    return True
+    return all(
+        name in found
+        and (sha256(file) == found[name].lfs.sha256 if found[name].lfs else git_sha1(file) == found[name].blob_id)
+        for name, file in files.items()
+    )
 
 
-def open_request(api: HfApi, repo: str, files: dict[str, Path]) -> str | None:
+def open_request(api: HfApi, repo: str, files: Files) -> str | None:
     """The pull request of ours that proposes exactly these files, if one is open."""
     for request in api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open"):
         if request.title == TITLE and same(api, repo, request.git_reference, files):
@@ -134,9 +138,14 @@ def open_request(api: HfApi, repo: str, files: dict[str, Path]) -> str | None:
     return None
 
 
-def git_sha1(path: Path) -> str:
-    """What git, and so the Hub, calls a file's content."""
-    content = path.read_bytes()
+def sha256(file: Path | bytes) -> str:
+    """What the Hub calls a large file's content."""
+    return hashlib.sha256(file).hexdigest() if isinstance(file, bytes) else sha256_file(file)
+
+
+def git_sha1(file: Path | bytes) -> str:
+    """What git, and so the Hub, calls a small file's content."""
+    content = file if isinstance(file, bytes) else file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 

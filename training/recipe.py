@@ -233,6 +233,18 @@ class Log:
 
 
 @dataclass
+class Card:
+    """What the model card says that cannot be measured"""
+
+    license: str | None = None
+    """Licence of the weights, as the Hub names it, e.g. apache-2.0; "other" where the images are for research only."""
+    dataset: str | None = None
+    """The images, as the Hub names them, e.g. uoft-cs/cifar10."""
+    about: str | None = None
+    """Its first words, Markdown; without any those of README.md beside the recipe."""
+
+
+@dataclass
 class Recipe:
     """One run: phases 1 to 3, evaluation and export."""
 
@@ -243,6 +255,7 @@ class Recipe:
     relearn: Relearn = field(default_factory=Relearn)
     evaluate: Evaluate = field(default_factory=Evaluate)
     log: Log = field(default_factory=Log)
+    card: Card = field(default_factory=Card)
     run: str | None = None
     """Run folder: a path, or a name under runs/; without one the recipe's name."""
     seed: NonNegativeInt = 0
@@ -314,6 +327,9 @@ def from_values(values: Any, command: Parser) -> Recipe:
     made = command.instantiate(values)
     recipe = Recipe(**{f.name: made[f.name] for f in dataclasses.fields(Recipe) if f.name in made})
     recipe.run = str(run_folder(recipe, configs[-1] if configs else None))
+    words = configs[-1].with_name("README.md") if configs else None
+    if recipe.card.about is None and words and configs[-1].stem == "recipe" and words.exists():
+        recipe.card.about = words.read_text(encoding="utf-8").strip()
     check(recipe)
     return recipe
 

@@ -22,13 +22,19 @@ from .relearn import relearn
 from .setup import Run, prepare, refuse_other
 
 
-def run(recipe: Recipe, stop: StopSignals, splits: tuple[Images, Images | None] | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    stop: StopSignals,
+    splits: tuple[Images, Images | None] | None = None,
+    comparison: Path | None = None,
+) -> Path:
     """Do everything of a recipe that is not done yet, and report it.
 
     Args:
         recipe: what to do.
         stop: requests to end.
         splits: the images, where they are read already.
+        comparison: folder of the comparison that this run is an arm of, for its card.
 
     Returns:
         The run folder.
@@ -40,7 +46,7 @@ def run(recipe: Recipe, stop: StopSignals, splits: tuple[Images, Images | None] 
     for number in range(1, this.recipe.relearn.rounds + 1):
         folders.append(one_round(this, folders[-1], number))
         measure(this, this.arm, folders)
-    finish(this, folders)
+    finish(this, folders, comparison)
     this.close()
     return this.folder
 
@@ -265,7 +271,7 @@ def cluster_records(this: Run, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def finish(this: Run, folders: list[Path]) -> None:
+def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     """report.md with its figures, and hub/."""
     sides = {"proxy": folders[0], "sslpp": folders[-1]}
     shown = torch.cat([this.train.train[:2000], this.train.val[:200]])
@@ -279,6 +285,6 @@ def finish(this: Run, folders: list[Path]) -> None:
         rows = records.read(this.folder / "records.jsonl")
         report.draw(this.folder, rows, this.arm, folders[-1])
         figures.neighbours(this.folder / "report" / "neighbours.png", found, this.train, shown)
-        export.export(this.folder, folders[-1], this.train, rows, this.recipe)
+        export.export(this.folder, folders[-1], this.train, rows, this.recipe, this.arm, comparison)
         this.context.say(report.write(this.folder, rows, this.recipe, this.arm, folders[-1]))
     this.accelerator.wait_for_everyone()

@@ -1,0 +1,95 @@
+"""The model card: what the Hub reads of it, and what it promises."""
+
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.conftest import TINY_RUN, call
+from training import card, recipe, records, report
+from training.__main__ import main
+
+SECTIONS = ("Use it", "What was measured", "Limits", "Recipe", "Citation")
+
+
+@pytest.fixture(scope="module")
+def hub(finished):
+    return finished[0] / "hub"
+
+
+def test_the_hubs_client_reads_every_record_of_the_model_back(finished, hub):
+    own = report.last_round(records.read(finished[0] / "records.jsonl"), "sslpp")
+    data = ModelCard.load(hub / "README.md").data
+    found = {
+        (r.metric_args["protocol"], r.metric_args["stage"], str(r.metric_args["settings"]), r.dataset_split,
+         r.metric_args["seed"], r.metric_value)
+        for r in data.eval_results
+    }  # fmt: skip
+    expected = {
+        (r["protocol"], r["stage"], str(r["settings"]), r["split"], r["seed"], r["value"])
+        for r in own
+        if r["metric"] in ("top1", "rankme")
+    }
+    assert expected <= found
+    assert len(data.eval_results) == len(own)
+    assert data.library_name == "timm"
+    assert data.pipeline_tag == "image-feature-extraction"
+    assert data.license is None
+
+
+def test_it_says_what_a_stranger_needs(hub):
+    text = (hub / "README.md").read_text()
+    for section in SECTIONS:
+        assert f"\n## {section}\n" in text
+    for needed in ("hf-hub:ORG/NAME", "features_only=True", "training.finetune", "our reading of the abstract"):
+        assert needed in text
+    assert "No licence was chosen" in text
+    for picture in (hub / "report").glob("*.png"):
+        assert picture.stem == "curves" or f"report/{picture.name}" in text
+
+
+def test_its_lines_of_python_run(hub, tmp_path):
+    code = "\n".join(part.split("```")[0] for part in (hub / "README.md").read_text().split("```python\n")[1:])
+    code = code.replace("hf-hub:ORG/NAME", f"local-dir:{hub}") + "\nprint(features.shape, len(maps.feature_info))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torch.Size([1,", "96])", "5"]
+
+
+def test_its_recipe_is_the_one_that_ran(hub, finished, tmp_path):
+    text = (hub / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "again.yaml").write_text(text)
+    again = recipe.parse(["--config", str(tmp_path / "again.yaml")])
+    assert again == recipe.parse(["--config", str(finished[0] / "recipe.yaml")])
+
+
+def test_licence_data_set_and_words_come_from_the_recipe(picture_folder, tmp_path):
+    config = tmp_path / "mine" / "recipe.yaml"
+    config.parent.mkdir()
+    config.write_text("card: {license: other, dataset: somebody/pictures}\nrelearn: {rounds: 0}\n")
+    (config.parent / "README.md").write_text("Words of *ours*.\n")
+    run = tmp_path / "run"
+    done = call(
+        main, "--config", config, *TINY_RUN, "--data.path", picture_folder, "--run", run, "--proxy.epochs", "0.5"
+    )
+    assert done.returncode == 0, done.stderr
+    data, text = ModelCard.load(run / "hub" / "README.md").data, (run / "hub" / "README.md").read_text()
+    assert (data.license, data.datasets) == ("other", ["somebody/pictures"])
+    assert "\nWords of *ours*.\n" in text
+    assert "research only" in text
+    assert '"license": "other"' in (run / "hub" / "config.json").read_text()
+
+
+def test_controls_are_shown_where_there_were_any():
+    row = {"round": 1, "stage": "pooled", "protocol": "linear", "settings": {}, "split": "test", "metric": "top1"}
+    cost = {"images_seen": 10, "flops": 1.0, "seconds": 1.0}
+    rows = [
+        {**row, **cost, "arm": arm, "seed": seed, "value": value + seed / 100}
+        for arm, value in (("scratch", 0.4), ("sslpp", 0.5))
+        for seed in (0, 1)
+    ]
+    words, summary, linear, *_ = card.comparison(rows)
+    assert "seeds 0, 1" in words
+    assert "scratch" in summary
+    assert "+10.0" in linear
+    assert card.comparison([]) == []
