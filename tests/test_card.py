@@ -56,10 +56,13 @@ def test_its_lines_of_python_run(hub, tmp_path):
     assert done.stdout.split() == ["torch.Size([1,", "96])", "5"]
 
 
-def test_its_recipe_is_the_one_that_ran(hub, finished, tmp_path):
-    text = (hub / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
-    (tmp_path / "again.yaml").write_text(text)
-    again = recipe.parse(["--config", str(tmp_path / "again.yaml")])
+def test_its_recipe_is_the_one_that_ran_without_the_places_of_this_machine(hub, finished, picture_folder, tmp_path):
+    text = (hub / "README.md").read_text()
+    assert str(picture_folder) not in text
+    assert str(finished[0]) not in text
+    (tmp_path / "again.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    here = ["--data.path", str(picture_folder), "--run", str(finished[0])]
+    again = recipe.parse(["--config", str(tmp_path / "again.yaml"), *here])
     assert again == recipe.parse(["--config", str(finished[0] / "recipe.yaml")])
 
 

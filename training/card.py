@@ -1,5 +1,6 @@
 """The model card: metadata that the Hub reads, and a page that tells the truth to whoever finds the model there."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,17 @@ def write(folder: Path, name: str, records: report.Records, compared: report.Rec
         "## Limits",
         limits(recipe),
         "## Recipe",
-        f"It runs as it is, with `--data.path` for where your images are:\n\n```yaml\n{to_yaml(recipe)}```",
+        f"With `--data.path` and `--run` of your own it runs as it is:\n\n```yaml\n{portable(recipe)}```",
         CITATION,
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def portable(recipe: Recipe) -> str:
+    """The recipe without the places of one machine."""
+    here = copy.deepcopy(recipe)
+    here.data.path = here.run = here.card.about = None
+    return to_yaml(here)
 
 
 def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
@@ -151,10 +159,10 @@ def comparison(records: report.Records) -> list[str]:
     split = report.split_of(rows)
     words = f"""### Beside its controls
 
-Every arm saw equally many images, with learning rates from the same grid; seeds {", ".join(map(str, seeds))}. `proxy` is
-the proxy task given the whole budget, `scratch` the same pseudo-labels with every layer from random, `finetune_all` the
-same without re-initialising anything, `keep_high` exactly sslpp without re-initialising. Differences are sslpp minus the
-arm; one counts only if its 95 % t interval excludes 0."""
+Every arm saw equally many images, with learning rates from the same grid; seeds {", ".join(map(str, seeds))}. `proxy`
+is the proxy task given the whole budget, `scratch` the same pseudo-labels with every layer from random, `finetune_all`
+the same without re-initialising anything, `keep_high` exactly sslpp without re-initialising. Differences are sslpp
+minus the arm; one counts only if its 95 % t interval excludes 0."""
     split = report.split_of(rows)
     pooled = [contrast.contrast(rows, name, split) for name in ("linear pooled", "knn pooled")]
     return [words, *map(report.as_markdown, [contrast.summary(rows, split), *pooled])]
@@ -167,8 +175,8 @@ def limits(recipe: Recipe) -> str:
         "other": "The images are for research only, and so are these weights.",
     }.get(recipe.card.license, f"The weights are under {recipe.card.license}.")
     return f"""- The features know what is in the training images, with their biases, and were measured on nothing else.
-- Images of other sizes than {recipe.data.size} px work, but were not tried in training.
-- Split, schedule, number of clusters and labelling are choices of ours, made on a held-out part of the training images.
+- It was trained and measured at {recipe.data.size} px alone.
+- Split, schedule, number of clusters and labelling are this project's choices, not the paper's.
 - {licence}"""
 
 
