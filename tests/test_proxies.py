@@ -27,7 +27,7 @@ def test_rotation_is_the_cross_entropy_over_four_turns(tiny, context):
     for image, quarter in zip(images.double(), quarters.tolist(), strict=True):
         turned = torch.rot90(image, quarter, (1, 2))
         normal = (turned - task.mean.view(3, 1, 1)) / task.std.view(3, 1, 1)
-        logits = task.head(task.backbone(normal.unsqueeze(0)))[0]
+        logits = task.head(task.network(normal.unsqueeze(0)))[0]
         total -= (logits[quarter] - logits.exp().sum().log()).item()
         hits += int(logits.argmax()) == quarter
     assert got["loss"].item() == pytest.approx(total / 8, rel=1e-5)
@@ -64,7 +64,7 @@ def test_an_mlp_and_an_average_come_with_the_schedule(tiny):
     assert task.head.in_features == 12
     assert not any(p.requires_grad for p in task.average.parameters())
     with torch.no_grad():
-        next(task.backbone.parameters()).add_(1)
+        next(task.network.parameters()).add_(1)
     assert task.result() is task.average.module
 
 

@@ -52,7 +52,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_heads(tiny, context):
     got = task(images[0])
     batch = images[1]
     seen = views.random_views(task.views, batch.pixels, batch.sides, batch.draws, 16).double()
-    hidden = task.mlp(task.backbone((seen - task.mean.view(3, 1, 1)) / task.std.view(3, 1, 1)))
+    hidden = task.mlp(task.network((seen - task.mean.view(3, 1, 1)) / task.std.view(3, 1, 1)))
     losses = []
     for head, column, classes in zip(task.heads, (0, 1), (4, 2), strict=True):
         each = []
@@ -105,14 +105,14 @@ def test_low_lr_is_a_share_of_the_learning_rate(tiny):
             scales[id(parameter)] = group["lr_scale"], group["weight_decay"]
     assert len(scales) == sum(1 for _ in task.parameters())
     for name, parameter in task.named_parameters():
-        is_low = name.removeprefix("backbone.") in low
+        is_low = name.removeprefix("network.") in low
         assert scales[id(parameter)] == (0.1 if is_low else 1.0, 0.01 if parameter.ndim > 1 else 0.0)
 
 
 @pytest.mark.parametrize(("reinit", "new"), [("none", 0), ("high", 1), ("all", 2)])
 def test_what_is_reinitialised_is_what_was_asked(tiny, context, reinit, new, monkeypatch):
     seen = {}
-    monkeypatch.setattr(R, "train", lambda task, *a, **k: seen.update(task.backbone.state_dict()))
+    monkeypatch.setattr(R, "train", lambda task, *a, **k: seen.update(task.network.state_dict()))
     start, _ = go(tiny, context, reinit=reinit)
     low = B.low_names(network(), 2, 16)
     convolutions = {n for n, p in network().named_parameters() if p.ndim == 4}
@@ -122,7 +122,7 @@ def test_what_is_reinitialised_is_what_was_asked(tiny, context, reinit, new, mon
 
 def test_fresh_weights_are_drawn_anew_each_round(tiny, context, monkeypatch):
     seen = []
-    monkeypatch.setattr(R, "train", lambda task, *a, **k: seen.append(task.backbone.layer4[0].conv1.weight.clone()))
+    monkeypatch.setattr(R, "train", lambda task, *a, **k: seen.append(task.network.layer4[0].conv1.weight.clone()))
     for key in (KEY, Key(0, "relearn", 2)):
         R.relearn(network(), MODEL, settings(), pseudo_labels(tiny), [4, 2], tiny, key, context, "x")
     assert not torch.equal(seen[0], seen[-1])
@@ -154,4 +154,3 @@ def test_relearning_learns_the_labels(context):
 
     rows = read_lines(context.folder / "metrics.jsonl")
     assert rows[-1]["accuracy"] > 0.8
-    assert not result.training

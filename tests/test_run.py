@@ -13,6 +13,7 @@ import torch
 from tests.conftest import ROOT, TINY_RUN, call
 from training import embed, recipe, records
 from training.__main__ import main
+from training.evaluate import __main__ as evaluate
 from training.files import read_json, read_lines, sha256_file
 
 
@@ -257,3 +258,18 @@ def test_a_full_disk_and_a_full_memory_are_one_sentence():
 def test_a_tracker_that_is_not_installed_is_refused(picture_folder, tmp_path):
     done = train(tmp_path / "run", picture_folder, "--log.tracker", "aim")
     assert (done.returncode, done.stderr.startswith("error: log.tracker: aim is not installed")) == (2, True)
+
+
+def test_evaluate_finds_the_figures_of_the_run_again(finished, picture_folder, tmp_path):
+    folder, _ = finished
+    out = tmp_path / "records.jsonl"
+    options = ["--data.path", picture_folder, "--data.val_fraction", "0.2", "--residue", "rotation", "--out", out]
+    options += ["--evaluate.linear_c", "[0.1]", "--evaluate.knn_k", "[3]"]
+    done = call(evaluate.main, folder / "hub", *options)
+    assert done.returncode == 0, done.stderr
+    own = [r for r in records.read(folder / "records.jsonl") if r["arm"] == "sslpp" and r["protocol"] != "clusters"]
+    found = {(r["stage"], r["protocol"], r["split"]): r["value"] for r in records.read(out)}
+    assert found == {(r["stage"], r["protocol"], r["split"]): pytest.approx(r["value"], abs=1e-4) for r in own}
+    assert done.stdout.count("hub") == 4
+    refused = call(evaluate.main, folder / "hub", *options, "--residue", "none")
+    assert (refused.returncode, "there is no task 'none'" in refused.stderr) == (2, True)

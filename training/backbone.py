@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+import sslpp_models as sslpp_models  # registers the entrypoints
+
 from . import views
 from .files import Refused, sha256_file
 from .images import Images

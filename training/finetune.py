@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import launch, records, views
+from . import launch, records
 from .command import Parser, guarded
 from .files import Refused, lock_folder, read_json, sha256_file, sha256_json, whole_folder, write_json
 from .images import Images
@@ -24,7 +23,7 @@ from .launch import Key, seed_all
 from .loop import Context, steps_of, train
 from .recipe import BelowOne, Data, Log, Model, Schedule, Views, check_data, check_schedule, flatten, named_folder
 from .setup import load_splits, refuse_other
-from .task import Batch, Task, accuracy
+from .task import Batch, ViewTask, accuracy
 
 BATCH = 512  # images of a forward pass that measures
 
@@ -77,7 +76,7 @@ class Finetune(Schedule):
     """Steps between two checkpoints."""
 
 
-class Classify(Task):
+class Classify(ViewTask):
     """Cross-entropy with the labels, perhaps smoothed and mixed.
 
     Args:
@@ -88,51 +87,23 @@ class Classify(Task):
     """
 
     def __init__(self, network: nn.Module, settings: Finetune, images: Images, average_from: int) -> None:
-        super().__init__()
-        self.network, self.settings, self.size = network, settings, images.size
-        self.register_buffer("mean", torch.tensor(images.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(images.std), persistent=False)
+        super().__init__(network, settings, images, average_from)
+        self.settings = settings
         mixing = {"mixup_alpha": settings.mixup, "cutmix_alpha": settings.cutmix, "label_smoothing": 0.0}
         self.mix = Mixup(**mixing, num_classes=network.num_classes) if settings.mixup or settings.cutmix else None
-        self.average = None
-        if settings.ema:
-            self.average = ModelEmaV3(network, decay=settings.ema, update_after_step=average_from)
-            self.average.requires_grad_(False)
-        self.still: set[str] = set()
-
-    def hold(self, names: set[str]) -> None:
-        """Train nothing of that name; the loop has to be called anew after it."""
-        self.still = names
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(name not in names)
-
-    def train(self, mode: bool = True) -> "Classify":
-        super().train(mode)
-        if mode:
-            B.set_frozen_mode(self.network, self.still, "eval")
-        return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        images = views.random_views(self.settings.views, batch.pixels, batch.sides, batch.draws, self.size)
-        images, target = views.normalize(images, self.mean, self.std), batch.labels
+        images, target = self.normalize(self.see(batch)), batch.labels
         if self.mix is not None:  # draws from numpy's stream, which the loop seeds for each step
             images, target = self.mix(images, target)
         logits = self.network(images).float()
         loss = F.cross_entropy(logits, target, label_smoothing=self.settings.label_smoothing)
         return {"loss": loss, "accuracy": accuracy(logits.detach(), batch.labels)}
 
-    def after_step(self, step: int, total: int) -> None:
-        if self.average is not None:
-            self.average.update(self.network, step=step)
-
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         exempt = self.network.no_weight_decay() if hasattr(self.network, "no_weight_decay") else ()
         groups = param_groups_layer_decay(self.network, weight_decay, exempt, layer_decay=self.settings.layer_decay)
         return [{key: group[key] for key in ("params", "lr_scale", "weight_decay")} for group in groups]
-
-    def result(self) -> nn.Module:
-        """The classifier, averaged if asked for."""
-        return self.network if self.average is None else self.average.module
 
 
 def command() -> Parser:
@@ -143,7 +114,9 @@ def command() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
-    parser.add_class_arguments(Finetune, as_group=False)
+    # A classifier's head stands on the backbone itself; the model says the size.
+    parser.add_class_arguments(Finetune, as_group=False, skip={"data", "mlp_layers", "mlp_dim"})
+    parser.add_class_arguments(Data, "data", skip={"size"})
     return parser
 
 
@@ -152,7 +125,7 @@ def main(arguments: Sequence[str]) -> None:
     values = parser.read(arguments)
     name = values.pop("model")
     made = parser.instantiate(values)
-    settings = Finetune(**{f.name: made[f.name] for f in dataclasses.fields(Finetune)})
+    settings = Finetune(**{f.name: made[f.name] for f in dataclasses.fields(Finetune) if f.name in made})
     check_data(settings.data)
     check_schedule(settings)
     with launch.StopSignals() as stop:

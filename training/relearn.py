@@ -47,20 +47,10 @@ class Relearn(BackboneTask):
         self.smoothing = settings.label_smoothing
         self.register_buffer("targets", labels, persistent=False)
         self.heads = nn.ModuleList(nn.Linear(self.width, count) for count in classes)
-        self.frozen = False
 
     def freeze_low(self, frozen: bool) -> None:
-        """Freeze or free the low part; the loop has to be called anew after it."""
-        self.frozen = frozen
-        for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(not (frozen and name in self.low))
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "Relearn":
-        super().train(mode)
-        if mode and self.frozen:
-            B.set_frozen_mode(self.backbone, self.low, self.low_norm)
-        return self
+        """Freeze or free the low part."""
+        self.hold(self.low if frozen else set(), self.low_norm)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         targets = self.targets[batch.indices.to(self.targets.device)]
@@ -74,7 +64,7 @@ class Relearn(BackboneTask):
         return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(hits).mean()}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        low = [(n, p) for n, p in self.backbone.named_parameters() if n in self.low]
+        low = [(n, p) for n, p in self.network.named_parameters() if n in self.low]
         taken = {id(p) for _, p in low}
         high = [(n, p) for n, p in self.named_parameters() if id(p) not in taken]
         return decay_groups(low, weight_decay, self.low_lr) + decay_groups(high, weight_decay)

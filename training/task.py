@@ -7,6 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from . import backbone as B
 from . import views
 from .images import Images
 from .recipe import Schedule
@@ -56,42 +57,67 @@ def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float, lr_
     return [group for group in groups if group["params"]]
 
 
-class BackboneTask(Task):
-    """A task over random views of single images: a backbone, a disposable MLP, and an average of the backbone.
+class ViewTask(Task):
+    """A task over random views of single images: a network, what of it is held still, and an average of it.
 
     Args:
-        backbone: a timm model without a head.
-        schedule: views, MLP and averaging of the phase.
+        network: a timm model.
+        schedule: views and averaging.
         images: size and statistics of the images.
-        average_from: step from which the average is taken; before it, the average is the backbone.
+        average_from: step from which the average is taken; before it, the average is the network.
     """
 
-    def __init__(self, backbone: nn.Module, schedule: Schedule, images: Images, average_from: int = 0) -> None:
+    def __init__(self, network: nn.Module, schedule: Schedule, images: Images, average_from: int = 0) -> None:
         super().__init__()
-        self.backbone, self.views, self.size = backbone, schedule.views, images.size
+        self.network, self.views, self.size = network, schedule.views, images.size
+        self.held, self.held_norm = set(), "eval"
         self.register_buffer("mean", torch.tensor(images.mean), persistent=False)
         self.register_buffer("std", torch.tensor(images.std), persistent=False)
-        self.mlp, self.width = mlp(pooled_size(backbone, images.size), schedule.mlp_dim, schedule.mlp_layers)
         self.average = None
         if schedule.ema:
-            self.average = ModelEmaV3(backbone, decay=schedule.ema, update_after_step=average_from)
+            self.average = ModelEmaV3(network, decay=schedule.ema, update_after_step=average_from)
             self.average.requires_grad_(False)
+
+    def hold(self, names: set[str], norm: str = "eval") -> None:
+        """Train nothing of the network of that name, its batch norms as `norm` says; then call the loop anew."""
+        self.held, self.held_norm = names, norm
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name not in names)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ViewTask":
+        super().train(mode)
+        if mode:
+            B.set_frozen_mode(self.network, self.held, self.held_norm)
+        return self
 
     def see(self, batch: Batch) -> Tensor:
         """A random view of each image, [B, 3, size, size], float32 in [0, 1]."""
         return views.random_views(self.views, batch.pixels, batch.sides, batch.draws, self.size)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to what the head reads, [B, width]."""
-        return self.mlp(self.backbone(views.normalize(images, self.mean, self.std)))
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the network expects them."""
+        return views.normalize(images, self.mean, self.std)
 
     def after_step(self, step: int, total: int) -> None:
         if self.average is not None:
-            self.average.update(self.backbone, step=step)
+            self.average.update(self.network, step=step)
 
     def result(self) -> nn.Module:
-        """The trained backbone, averaged if the schedule says so, in evaluation mode."""
-        return (self.backbone if self.average is None else self.average.module).eval().requires_grad_(True)
+        """The trained network, averaged if the schedule says so."""
+        return self.network if self.average is None else self.average.module
+
+
+class BackboneTask(ViewTask):
+    """A task whose head reads a backbone through a disposable MLP, as the schedule has it; arguments of `ViewTask`."""
+
+    def __init__(self, backbone: nn.Module, schedule: Schedule, images: Images, average_from: int = 0) -> None:
+        super().__init__(backbone, schedule, images, average_from)
+        self.mlp, self.width = mlp(pooled_size(backbone, images.size), schedule.mlp_dim, schedule.mlp_layers)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to what the head reads, [B, width]."""
+        return self.mlp(self.network(self.normalize(images)))
 
 
 def pooled_size(backbone: nn.Module, size: int) -> int:

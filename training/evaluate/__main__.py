@@ -1,0 +1,71 @@
+"""python -m training.evaluate MODEL --data.path DATA: how good the frozen features of any model that timm loads are."""
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import backbone as B
+from .. import launch, proxies, recipe, records, report
+from ..command import Parser, guarded
+from ..files import Refused, sha256_json
+from ..loop import Context
+from ..setup import load_splits
+from . import evaluate
+
+
+def command() -> Parser:
+    parser = Parser(
+        prog="python -m training.evaluate",
+        description="Measure the frozen features of a model by the protocols that runs are measured by.",
+        usage="%(prog)s MODEL --data.path DATA [--residue PROXY] [--out RECORDS.jsonl] [--FIELD VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
+    parser.add_argument("--residue", help="Also measure how well this proxy task's views are told apart.")
+    parser.add_argument("--out", help="File of records to add the figures to.")
+    parser.add_class_arguments(recipe.Data, "data", skip={"size"})  # the model says the size
+    parser.add_class_arguments(recipe.Evaluate, "evaluate")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = command()
+    given = parser.read(arguments)
+    made = parser.instantiate(given)
+    recipe.check_data(made.data)
+    views = proxies.find(recipe.Proxy(name=given.residue)).residue if given.residue else ()
+    with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
+        accelerator = launch.start("fp32", None, scratch)
+        context = Context(accelerator, Path(scratch), stop, 1, 1)
+        name = f"local-dir:{given.model}" if Path(given.model).is_dir() else given.model
+        network = B.create(recipe.Model(name, pretrained=True), None)
+        data = dataclasses.replace(made.data, size=network.pretrained_cfg["input_size"][-1])
+        train, test = (B.as_seen_by(network, split) if split else None for split in load_splits(data, context))
+        if train.labels is None and not views:
+            raise Refused("data.label_column: there are no labels to measure features by; --residue needs none.")
+        found = evaluate(network.to(accelerator.device), made.evaluate, train, test, views, context)
+        weights = sha256_json({key: value.double().sum().item() for key, value in network.state_dict().items()})
+        shared = {"arm": Path(given.model).name, "model": given.model, "phase": "evaluate", "round": 0, "seed": None}
+        prints = {"val": train.fingerprint, "test": test.fingerprint if test else ""}
+        rows = [
+            {
+                **shared,
+                **row,
+                "data": f"{Path(data.path).name}@{prints[row['split']][:16]}",
+                "weights_sha256": weights,
+                "device": records.device_name(accelerator.device.type),
+                "precision": "fp32",
+                "versions": records.versions(),
+            }
+            for row in found
+        ]
+        if context.main and given.out:
+            records.write(Path(given.out), rows)
+        tables = [report.as_text(lines) for _, lines in report.tables(rows, [shared["arm"]])]
+        context.say("\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
