@@ -149,7 +149,7 @@ def test_a_split_that_leaves_no_high_part_is_refused():
 
 def test_relearning_learns_the_labels(context):
     images = make_images(160)
-    _, result = go(images, context, epochs=8, batch_size=16)
+    go(images, context, epochs=8, batch_size=16)
     from training.files import read_lines
 
     rows = read_lines(context.folder / "metrics.jsonl")
