@@ -9,6 +9,7 @@ from tests.conftest import make_images
 from training import backbone as B
 from training import evaluate as E
 from training.evaluate import knn, linear, rankme
+from training.files import Failed
 from training.proxies.rotation import Rotation
 from training.recipe import Evaluate, Model
 
@@ -130,3 +131,13 @@ def test_a_wrong_answer_lowers_the_figure(context):
 
     assert pooled(good) > 0.9
     assert pooled(bad) < 0.2
+
+
+def test_probes_take_features_of_any_size_and_refuse_what_is_not_finite():
+    rows, labels = torch.randn(60, 4), torch.arange(60) % 3
+    plain = linear.fit(rows, labels, 3, 0.1)
+    huge = linear.fit(rows * 2.0**100, labels, 3, 0.1)
+    assert torch.allclose(plain(rows), huge(rows * 2.0**100), atol=1e-4)
+    rows[7, 2] = float("inf")
+    with pytest.raises(Failed, match="features are not finite"):
+        linear.fit(rows, labels, 3, 0.1)

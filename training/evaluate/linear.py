@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import Failed
+
 
 @dataclass
 class Probe:
@@ -37,8 +39,14 @@ def fit(features: Tensor, labels: Tensor, classes: int, c: float, start: Probe |
         classes: number of classes.
         c: inverse regularisation.
         start: a probe of other regularisation to start from.
+
+    Raises:
+        Failed: a feature is not finite.
     """
-    mean, scale = features.mean(0), features.std(0, unbiased=False)
+    peak = features.abs().max().clamp(min=1e-12)
+    if not peak.isfinite():
+        raise Failed("features are not finite, so that no probe can be fitted; the training before them diverged.")
+    mean, scale = (peak * x for x in ((features / peak).mean(0), (features / peak).std(0, unbiased=False)))
     scale = torch.where(scale > 1e-6 * scale.max().clamp(min=1e-12), scale, 1.0)
     rows = (features - mean) / scale
     weight = torch.zeros(features.shape[1], classes, device=features.device)

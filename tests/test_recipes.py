@@ -1,0 +1,40 @@
+"""The recipes under hub_configs/: each resolves, says what it is, and takes its first steps, at a tiny size."""
+
+import re
+
+import pytest
+
+from tests.conftest import ROOT, call
+from training import recipe
+from training.__main__ import main
+from training.files import read_lines
+
+FOLDERS = sorted(path.parent for path in (ROOT / "hub_configs").glob("*/recipe.yaml"))
+FOR_A_GPU = ("photos_resnet50", "photos_vit_small", "sslpp_resnet50.rotation_in1k")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_it_resolves_and_opens_with_paper_command_cost_and_result(folder):
+    text = (folder / "recipe.yaml").read_text()
+    head = "".join(line for line in text.splitlines(True) if line.startswith("#"))
+    for word in ("Chen et al.", "Command:", "Cost:", "Result:"):
+        assert word in head
+    made = recipe.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "digits"])
+    assert made.card.about == (folder / "README.md").read_text().strip()
+    measured = (folder / "records.jsonl").exists()
+    assert measured != ("not yet run" in head)
+
+
+@pytest.mark.parametrize("name", FOR_A_GPU)
+def test_its_first_steps_at_a_tiny_size(name, picture_folder, tmp_path):
+    config = ROOT / "hub_configs" / name / "recipe.yaml"
+    smaller = ["--data.size", "32", "--data.test_split", "test", "--data.val_fraction", "0.2", "--log.every", "1"]
+    smaller += ["--clusters.k", "[3,5]", "--evaluate.knn_k", "[3]", "--evaluate.linear_c", "[0.1]"]
+    smaller += ["--evaluate.residue_images", "8", "--run", str(tmp_path / "run")]
+    for phase in ("proxy", "relearn"):
+        smaller += [f"--{phase}.batch_size", "8", f"--{phase}.epochs", "0.5", f"--{phase}.lr", "0.0001"]
+    done = call(main, "--config", config, "--data.path", picture_folder, *smaller)
+    assert done.returncode == 0, done.stderr
+    steps = [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [1, 2, 1, 2]
+    assert re.search(r"sslpp +\d", done.stdout)
