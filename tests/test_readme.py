@@ -5,13 +5,13 @@ import re
 import pytest
 
 from tests.conftest import ROOT
-from training import readme
+from training import readme, records
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_are_those_of_the_committed_records():
-    assert len(re.findall("<!-- (?:run|comparison): ", TEXT)) == TEXT.count("<!-- end -->") > 0
+    assert len(re.findall(f"<!-- (?:{'|'.join(readme.TABLES)}): ", TEXT)) == TEXT.count("<!-- end -->") > 0
     assert readme.fill(TEXT, ROOT / "hub_configs") == TEXT
 
 
@@ -30,3 +30,23 @@ def test_the_commands_exist(module):
 def test_the_files_that_are_linked_exist():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
         assert (ROOT / link).exists(), link
+
+
+def test_fine_tuned_models_are_told_apart_by_start_and_share_of_labels(tmp_path):
+    def row(model, seed, value, labels=0.1, scratch=False, **other):
+        settings = {"labels": labels, "epochs": 1, "scratch": scratch}
+        same = {"arm": "finetune", "stage": "last", "protocol": "finetune", "split": "test", "metric": "top1"}
+        return {**same, "model": model, "seed": seed, "value": value, "settings": settings, **other}
+
+    rows = [row("net", 0, 0.5), row("net", 1, 0.6), row("net", 0, 0.3, scratch=True), row("net", 0, 0.9, labels=1)]
+    rows += [row("local-dir:runs/x/proxy", 0, 0.4), row("net", 0, 0.1, stage="best"), row("net", 0, 0.2, split="val")]
+    records.write(tmp_path / "finetune.jsonl", rows)
+    assert records.read(tmp_path / "finetune.jsonl") == rows  # none took another's place
+    assert readme.finetune_table(rows) == [
+        [
+            ["fine-tuned, top-1 %", "10% of the labels", "100% of the labels"],
+            ["net", "55.0 ± 7.1 (2)", "90.0 (1)"],
+            ["net, from scratch", "30.0 (1)", ""],
+            ["proxy", "40.0 (1)", ""],
+        ]
+    ]

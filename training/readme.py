@@ -1,10 +1,11 @@
 """python -m training.readme: write the README's tables anew from the committed records.
 
-They stand between ``<!-- run: RECIPE -->`` or ``<!-- comparison: RECIPE -->`` and ``<!-- end -->``, and are made from
-``hub_configs/RECIPE/records.jsonl``.
+They stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. A ``run`` or ``comparison`` is made from
+``hub_configs/RECIPE/records.jsonl``, ``finetune`` from ``finetune.jsonl`` beside it.
 """
 
 import re
+import statistics
 from pathlib import Path
 
 from . import contrast, records, report
@@ -28,7 +29,34 @@ def comparison_table(rows: contrast.Records) -> list[list[list[str]]]:
     return [contrast.summary(rows, split), *pooled]
 
 
-TABLES = {"run": run_table, "comparison": comparison_table}
+def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
+    """Top-1 of fine-tuned models on the test split, mean and spread over seeds, a column for each share of labels."""
+    rows = [r for r in rows if (r["stage"], r["split"]) == ("last", "test")]
+    shares = sorted({float(r["settings"]["labels"]) for r in rows})
+    lines = [["fine-tuned, top-1 %", *(f"{share:.0%} of the labels" for share in shares)]]
+    for start in dict.fromkeys((r["model"], r["settings"]["scratch"]) for r in rows):
+        name = Path(start[0]).name
+        cells = [f"{name}, from scratch" if start[1] else name]
+        for share in shares:
+            same = [r for r in rows if (r["model"], r["settings"]["scratch"]) == start]
+            values = [100 * r["value"] for r in same if float(r["settings"]["labels"]) == share]
+            cells.append(mean_and_spread(values))
+        lines.append(cells)
+    return [lines]
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean ± standard deviation (number of seeds)."""
+    if len(values) < 2:
+        return "".join(f"{value:.1f} (1)" for value in values)
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
+
+
+TABLES = {
+    "run": ("records.jsonl", run_table),
+    "comparison": ("records.jsonl", comparison_table),
+    "finetune": ("finetune.jsonl", finetune_table),
+}
 
 
 def fill(text: str, configs: Path) -> str:
@@ -36,10 +64,11 @@ def fill(text: str, configs: Path) -> str:
 
     def table(found: re.Match) -> str:
         kind, name = found.groups()
-        made = TABLES[kind](records.read(configs / name / "records.jsonl"))
+        file, table_of = TABLES[kind]
+        made = table_of(records.read(configs / name / file))
         return f"<!-- {kind}: {name} -->\n" + "\n\n".join(map(report.as_markdown, made)) + "\n<!-- end -->"
 
-    return re.sub(r"<!-- (run|comparison): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

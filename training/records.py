@@ -9,12 +9,13 @@ from typing import Any
 from .files import read_lines, write_lines
 
 # What makes two records figures of the same thing: a newer one replaces an older.
-IDENTITY = ("arm", "seed", "phase", "round", "stage", "protocol", "data", "split", "metric", "variant")
+IDENTITY = ("arm", "model", "seed", "phase", "round", "stage", "protocol", "data", "split", "metric", "variant")
+SETTINGS = ("k", "views", "labels", "scratch")
 
 
 def identity(record: dict[str, Any]) -> tuple:
     settings = record.get("settings", {})
-    return (*(record.get(name) for name in IDENTITY), settings.get("k"), settings.get("views"))
+    return (*(record.get(name) for name in IDENTITY), *(settings.get(name) for name in SETTINGS))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
