@@ -4,6 +4,7 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -28,6 +29,19 @@ class Parser(ArgumentParser):
         text = re.sub(r"\s+", " ", str(message)).strip()
         text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
         raise Refused(f"{text} (see --help)") from ex
+
+
+def model_parser(name: str, description: str, options: str) -> Parser:
+    """A parser of ``python -m training.NAME MODEL --data.path DATA``, `options` being what else it takes."""
+    usage = " ".join(filter(None, ("%(prog)s MODEL --data.path DATA", options, "[--FIELD VALUE ...]")))
+    made = Parser(prog=f"python -m training.{name}", description=description, usage=usage, allow_abbrev=False)
+    made.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
+    return made
+
+
+def as_timm_names(model: str) -> str:
+    """A MODEL as timm.create_model takes it: folders by their prefix."""
+    return f"local-dir:{model}" if Path(model).is_dir() else model
 
 
 def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import backbone as B
 from . import clusters, images, launch, proxies, recipe
-from .command import Parser, guarded
+from .command import Parser, as_timm_names, guarded, model_parser
 from .files import Refused, read_json, sha256_file, whole_file
 from .images import Images
 from .loop import Context
@@ -22,13 +22,8 @@ ROWS = 8192  # images between two writes
 
 
 def command() -> Parser:
-    parser = Parser(
-        prog="python -m training.embed",
-        description="Write the features of images, with their paths, as a parquet file.",
-        usage="%(prog)s MODEL --data.path DATA --out OUT.parquet [--clusters ROUND] [--FIELD VALUE ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
+    description = "Write the features of images, with their paths, as a parquet file."
+    parser = model_parser("embed", description, "--out OUT.parquet [--clusters ROUND]")
     parser.add_argument("--out", required=True, help="The parquet file to write.")
     parser.add_argument("--stage", type=int, help="Stage whose features are written; without one the pooled features.")
     parser.add_argument("--clusters", help="A round's folder, runs/NAME/round_N: adds its labels and distances.")
@@ -49,8 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         if accelerator.num_processes > 1:
             raise Refused("embed runs in one process; start it with python -m training.embed.")
         context = Context(accelerator, Path(scratch), stop, 1, 1)
-        name = f"local-dir:{given.model}" if Path(given.model).is_dir() else given.model
-        network = B.create(recipe.Model(name, pretrained=True), None)
+        network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
         data = dataclasses.replace(data, size=network.pretrained_cfg["input_size"][-1], max_bad_fraction=1.0)
         found = B.as_seen_by(network, images.load(data, data.split, Path(scratch)))
         labels = assign(Path(given.clusters), found, context, given.batch_size) if given.clusters else {}

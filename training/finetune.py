@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import backbone as B
 from . import launch, records
-from .command import Parser, guarded
+from .command import Parser, as_timm_names, guarded, model_parser
 from .files import Refused, lock_folder, read_json, sha256_file, sha256_json, whole_folder, write_json
 from .images import Images
 from .launch import Key, seed_all
@@ -107,13 +107,8 @@ class Classify(ViewTask):
 
 
 def command() -> Parser:
-    parser = Parser(
-        prog="python -m training.finetune",
-        description="Fine-tune a backbone on labelled images; the result is a folder that timm loads.",
-        usage="%(prog)s MODEL --data.path DATA [--FIELD VALUE ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
+    description = "Fine-tune a backbone on labelled images; the result is a folder that timm loads."
+    parser = model_parser("finetune", description, "")
     # A classifier's head stands on the backbone itself; the model says the size.
     parser.add_class_arguments(Finetune, as_group=False, skip={"data", "mlp_layers", "mlp_dim"})
     parser.add_class_arguments(Data, "data", skip={"size"})
@@ -129,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
     check_data(settings.data)
     check_schedule(settings)
     with launch.StopSignals() as stop:
-        finetune(f"local-dir:{name}" if Path(name).is_dir() else name, settings, stop)
+        finetune(as_timm_names(name), settings, stop)
 
 
 def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import backbone as B
 from .. import launch, proxies, recipe, records, report
-from ..command import Parser, guarded
+from ..command import Parser, as_timm_names, guarded, model_parser
 from ..files import Refused, sha256_json
 from ..loop import Context
 from ..setup import load_splits
@@ -16,13 +16,8 @@ from . import evaluate
 
 
 def command() -> Parser:
-    parser = Parser(
-        prog="python -m training.evaluate",
-        description="Measure the frozen features of a model by the protocols that runs are measured by.",
-        usage="%(prog)s MODEL --data.path DATA [--residue PROXY] [--out RECORDS.jsonl] [--FIELD VALUE ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
+    description = "Measure the frozen features of a model by the protocols that runs are measured by."
+    parser = model_parser("evaluate", description, "[--residue PROXY] [--out RECORDS.jsonl]")
     parser.add_argument("--residue", help="Also measure how well this proxy task's views are told apart.")
     parser.add_argument("--out", help="File of records to add the figures to.")
     parser.add_class_arguments(recipe.Data, "data", skip={"size"})  # the model says the size
@@ -39,8 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
         accelerator = launch.start("fp32", None, scratch)
         context = Context(accelerator, Path(scratch), stop, 1, 1)
-        name = f"local-dir:{given.model}" if Path(given.model).is_dir() else given.model
-        network = B.create(recipe.Model(name, pretrained=True), None)
+        network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
         data = dataclasses.replace(made.data, size=network.pretrained_cfg["input_size"][-1])
         train, test = (B.as_seen_by(network, split) if split else None for split in load_splits(data, context))
         if train.labels is None and not views:
