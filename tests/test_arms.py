@@ -21,10 +21,10 @@ def method(**changes):
 
 def seen(made):
     """Images as the loop will count them, by its own step counts."""
-    total = steps_of(made.proxy, COUNTS.training, "proxy")[1] * made.proxy.batch_size if made.proxy.epochs else 0
+    total = steps_of(made.proxy, COUNTS.training)[1] * made.proxy.batch_size if made.proxy.epochs else 0
     views = {"nuisance": COUNTS.views, "familiar": 6, "none": 1}
     for number in range(1, made.relearn.rounds + 1):
-        total += steps_of(made.relearn, COUNTS.training, "relearn")[1] * made.relearn.batch_size
+        total += steps_of(made.relearn, COUNTS.training)[1] * made.relearn.batch_size
         if made.clusters.source != "labels":
             auto = "nuisance" if number == 1 else "familiar"
             total += COUNTS.usable * views[auto if made.clusters.average == "auto" else made.clusters.average] / 3

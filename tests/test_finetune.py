@@ -74,8 +74,14 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finish
     again = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder)
     assert again.returncode == 0, again.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before
-    other = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder, "--layer_decay", "0.5")
-    assert (other.returncode, "layer_decay" in other.stderr) == (2, True)
+    kept = (folder / "records.jsonl").read_bytes()
+    for change, said in (("--layer_decay", "layer_decay"), ("--data.val_fraction", "targets")):
+        other = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder, change, "0.5")
+        assert (other.returncode, said in other.stderr) == (2, True)
+    assert (folder / "records.jsonl").read_bytes() == kept
+    row = records.read(folder / "records.jsonl")[0]
+    assert row["images_seen"] == 3 * 4 * 8
+    assert row["flops"] > 0
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(finished, backbone, picture_folder, tmp_path, monkeypatch):
@@ -135,24 +141,27 @@ def test_layers_learn_slower_the_lower_they_are():
 
 
 def trained(images, context, **settings):
+    """What moved, parameters and buffers, in a training whose keeper looks after each epoch."""
     task = classify(images, **settings)
-    before = {n: p.detach().clone() for n, p in task.network.named_parameters()}
-    keeper = type("Nobody", (), {"look": lambda self, step, total: None})()
-    T.fit(task.network, images, images.train, task.settings, Key(0, "finetune"), context, "x", keeper)
-    return {n for n, p in task.network.named_parameters() if not torch.equal(p, before[n])}
+    before = {n: value.detach().clone() for n, value in task.network.state_dict().items()}
+    frozen = T.check(task.settings, task.network, images, len(images.train), 1)
+    keeper = T.Keeper(context, {"train": images}, task.settings)
+    key = Key(0, "finetune")
+    T.fit(task.network, images, images.train, task.settings, frozen, key, context, "x", keeper)
+    return {n for n, value in task.network.state_dict().items() if not torch.equal(value, before[n])}
 
 
 def test_the_head_is_trained_first_and_frozen_stages_never(context):
     images = make_images()
-    alone = trained(images, context, epochs=1, head_first=0.99)
+    alone = trained(images, context, epochs=2, head_first=0.99)
     assert alone == {"fc.weight", "fc.bias"}
     context.folder = context.folder / "other"
     context.folder.mkdir()
-    network = B.create(Model("test_resnet"), 16)
-    low = B.low_names(network, 1, 16) & {n for n, _ in network.named_parameters()}
-    moved = trained(images, context, epochs=1, freeze=1)
+    low = B.low_names(B.create(Model("test_resnet"), 16), 1, 16)
+    assert {"bn1.weight", "bn1.running_mean"} <= low
+    moved = trained(images, context, epochs=2, freeze=1)
     assert not moved & low
-    assert {"fc.weight", "layer4.0.conv1.weight"} <= moved
+    assert {"fc.weight", "layer4.0.conv1.weight", "layer4.0.bn1.running_mean"} <= moved
 
 
 def test_a_share_of_the_labels_is_a_share_of_each_class(tiny, context, monkeypatch):
@@ -192,6 +201,41 @@ def test_labels_that_are_missing_or_do_not_match_are_refused(backbone, tmp_path,
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--optimizer", "foo"], "optimizer: timm has no optimiser 'foo'"),
+        (["--batch_size", "99"], "batch_size: 99 is more than the 38 training images"),
+        (["--batch_size", "9", "--mixup", "0.2"], "9 of a micro-batch cannot be paired"),
+        (["--freeze", "9"], "freeze: 9 is not one of the 5 stages"),
+        (["--epochs", "0"], "epochs"),
+        (["--labels", "0"], "labels"),
+        (["--data.val_fraction", "0.001"], "0 held out"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_blocks_nothing(options, said, backbone, picture_folder, tmp_path):
+    done = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", tmp_path / "run", *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert said in done.stderr
+    assert not list(tmp_path.glob("run/*.json"))
+
+
+@pytest.mark.parametrize("options", [["--cutmix", "1.0"], ["--ema", "0.5", "--freeze", "1", "--head_first", "0.4"]])
+def test_mixing_averaging_and_freezing_resume_too(options, backbone, picture_folder, tmp_path, monkeypatch):
+    real = T.Keeper.look
+
+    def stop_the_torn_one(self, step, total):
+        real(self, step, total)
+        self.context.stop.number = 15 if self.context.folder.name == "torn" and step < total else None
+
+    monkeypatch.setattr(T.Keeper, "look", stop_the_torn_one)
+    command = (T.main, backbone, *TINY, *options, "--data.path", picture_folder, "--run")
+    assert call(*command, tmp_path / "whole").returncode == 0
+    assert [call(*command, tmp_path / "torn").returncode for _ in range(3)] == [143, 143, 0]
+    one, other = (tmp_path / name / "last" / "model.safetensors" for name in ("whole", "torn"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_from_scratch_the_weights_are_random_but_repeat_by_seed(backbone, picture_folder, tmp_path):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,18 @@ def plain_batch(
     return views.normalize(view(batch) if view else batch, mean, std)
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, after which every module is in the mode that it was in."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def extract(
     network: nn.Module,
@@ -141,26 +155,23 @@ def extract(
         [n, D] for each stage and "pooled", in the order of `indices`.
     """
     stages, blocks = list(stages), []
-    mode = network.training
-    network.eval()
-    for part in indices.split(batch_size):
-        share = -(-len(part) // accelerator.num_processes)
-        padded = part[torch.arange(share * accelerator.num_processes) % len(part)]
-        mine = padded[share * accelerator.process_index :][:share]
-        batch = plain_batch(images, mine, accelerator.device, view)
-        with torch.autocast(accelerator.device.type, enabled=False):
-            found = features(network, batch, stages) if stages else {"pooled": network(batch)}
-        blocks.append({key: accelerator.gather(value.float())[: len(part)].cpu() for key, value in found.items()})
-    network.train(mode)
+    with evaluating(network):
+        for part in indices.split(batch_size):
+            share = -(-len(part) // accelerator.num_processes)
+            padded = part[torch.arange(share * accelerator.num_processes) % len(part)]
+            mine = padded[share * accelerator.process_index :][:share]
+            batch = plain_batch(images, mine, accelerator.device, view)
+            with torch.autocast(accelerator.device.type, enabled=False):
+                found = features(network, batch, stages) if stages else {"pooled": network(batch)}
+            blocks.append({key: accelerator.gather(value.float())[: len(part)].cpu() for key, value in found.items()})
     return {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
 
 
 def forward_flops(network: nn.Module, size: int) -> float:
     """Floating-point operations of one image's forward pass, a multiply-add counting two."""
-    mode, device = network.training, next(network.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network.eval()(torch.zeros(1, 3, size, size, device=device))
-    network.train(mode)
+    device = next(network.parameters()).device
+    with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, size, size, device=device))
     return float(counter.get_total_flops())
 
 
@@ -221,12 +232,14 @@ def reinit(network: nn.Module, names: Iterable[str], fresh: nn.Module) -> None:
 
 
 def set_frozen_mode(network: nn.Module, names: set[str], low_norm: str) -> None:
-    """Put the modules of a frozen low part into evaluation mode, its batch norms as `low_norm` says."""
+    """Put the modules all of whose parameters and buffers are in a frozen low part into evaluation mode, and what lies
+    in them, such as dropout; batch norms as `low_norm` says."""
     for name, module in network.named_modules():
         prefix = f"{name}." if name else ""
-        own = [prefix + n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-        if own and all(n in names for n in own):
-            module.train(isinstance(module, _BatchNorm) and low_norm == "train")
+        own = {prefix + n for n, _ in (*module.named_parameters(), *module.named_buffers())}
+        if own and own <= names:
+            for part in module.modules():
+                part.training = isinstance(part, _BatchNorm) and low_norm == "train"
 
 
 @torch.no_grad()
@@ -292,6 +305,15 @@ def save(network: nn.Module, folder: Path, images: Images, tag: str = "", licens
     state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     return sha256_file(folder / "model.safetensors")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and contents of tensors, such as a state_dict."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load(folder: Path) -> nn.Module:

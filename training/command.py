@@ -44,6 +44,13 @@ def as_timm_names(model: str) -> str:
     return f"local-dir:{model}" if Path(model).is_dir() else model
 
 
+def short_name(model: str) -> str:
+    """What to call a MODEL: its last part, with the one before it where that alone tells nothing."""
+    parts = Path(model.split(":", 1)[-1]).parts
+    known = re.fullmatch(r"hub|proxy|best|last|round_\d+", parts[-1])
+    return "_".join(parts[-2:] if known else parts[-1:])
+
+
 def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Run a command; what stops it is one sentence on stderr and an exit status.
 

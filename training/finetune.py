@@ -9,22 +9,30 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from . import backbone as B
 from . import launch, records
-from .command import Parser, as_timm_names, guarded, model_parser
+from .command import Parser, as_timm_names, guarded, model_parser, short_name
 from .files import Refused, lock_folder, read_json, sha256_file, sha256_json, whole_folder, write_json
 from .images import Images
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
 from .recipe import BelowOne, Data, Log, Model, Schedule, Views, check_data, check_schedule, flatten, named_folder
-from .setup import load_splits, refuse_other
+from .setup import check_fits, check_split, load_splits, refuse_other
 from .task import Batch, ViewTask, accuracy
 
+Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 BATCH = 512  # images of a forward pass that measures
 
 
@@ -38,7 +46,7 @@ class Finetune(Schedule):
     """How a backbone learns labels."""
 
     data: Data = field(default_factory=Data)
-    epochs: NonNegativeFloat = 50.0
+    epochs: PositiveFloat = 50.0
     """Passes over the training images; parts of one are allowed."""
     optimizer: str = "adamw"
     """Optimiser, a name of timm.optim.list_optimizers()."""
@@ -60,7 +68,7 @@ class Finetune(Schedule):
     """Alpha of mixup; 0 mixes nothing."""
     cutmix: NonNegativeFloat = 0.0
     """Alpha of cutmix; 0 mixes nothing."""
-    labels: OpenUnitInterval | Literal[1] = 1
+    labels: Share = 1.0
     """Share of the training labels that may be used, drawn by data.split_seed, the same share of each class."""
     scratch: bool = False
     """Start from random weights: the same architecture, to compare with."""
@@ -148,15 +156,13 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     lock = lock_folder(folder) if context.main else None
     accelerator.init_trackers("sslpp", {})
     splits, indices = load_images(network, settings, context)
-    weights = {name: value.double().sum().item() for name, value in network.state_dict().items()}
-    own = {
-        n: v for n, v in flatten(settings).items() if n.split(".")[0] not in ("log", "run", "checkpoint_every", "data")
-    }
-    read = {**own, "precision": precision, "weights": sha256_json(weights), "images": splits["train"].fingerprint}
-    if (folder / "finetune.json").exists():
-        refuse_other(folder / "finetune.json", read)
+    frozen = check(settings, network, splits["train"], len(indices), accelerator.num_processes)
+    read = reads(settings, network, splits, indices, precision)
+    marker = folder / "finetune.json"
+    if marker.exists():
+        refuse_other(marker, read)
     elif context.main:
-        write_json(folder / "finetune.json", {"read": read})
+        write_json(marker, {"read": read})
     accelerator.wait_for_everyone()
     classes = len(splits["train"].label_names)
     context.say(
@@ -166,8 +172,11 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     seed_all(key.number("head"))
     network.reset_classifier(classes)
     keeper = Keeper(context, splits, settings)
-    if not keeper.done():
-        fit(network, splits["train"], indices, settings, key, context, sha256_json(read), keeper)
+    if "budget" not in read_json(marker):
+        fit(network, splits["train"], indices, settings, frozen, key, context, sha256_json(read), keeper)
+        if context.main:
+            write_json(marker, {"read": read, "budget": context.budget})
+        accelerator.wait_for_everyone()
     keeper.measure(name, settings, precision)
     accelerator.end_training()
     if lock:
@@ -177,8 +186,43 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
 
 def run_folder(name: str, settings: Finetune) -> Path:
     """``--run`` if given, else one named after the model and the data."""
-    source = Path(name.removeprefix("local-dir:")).resolve().name
-    return named_folder(settings.run or f"{source}_{Path(settings.data.path).stem}_finetune")
+    return named_folder(settings.run or f"{short_name(name)}_{Path(settings.data.path).stem}_finetune")
+
+
+def check(settings: Finetune, network: nn.Module, images: Images, count: int, processes: int) -> set[str]:
+    """Refuse what these images, `count` of them to learn from, and processes make impossible.
+
+    Returns:
+        Names of what is frozen throughout.
+
+    Raises:
+        Refused: naming the field.
+    """
+    check_split(settings.data, images)
+    check_fits(settings, count, processes)
+    rows = settings.batch_size // (processes * settings.accumulate)
+    if (settings.mixup or settings.cutmix) and rows % 2:
+        raise Refused(f"batch_size: mixup and cutmix pair images, and {rows} of a micro-batch cannot be paired.")
+    if settings.freeze is None:
+        return set()
+    return B.low_names(network, B.resolve_stage(network, settings.freeze, "freeze"), images.size)
+
+
+def reads(
+    settings: Finetune, network: nn.Module, splits: dict[str, Images], indices: Tensor, precision: str
+) -> dict[str, Any]:
+    """What the result depends on: fields, weights, images, and which labels there are and may be used."""
+    apart = ("log", "run", "checkpoint_every", "data")
+    own = {name: value for name, value in flatten(settings).items() if name.split(".")[0] not in apart}
+    targets = {"indices": indices, "held out": splits["train"].held_out}
+    targets |= {split: images.labels for split, images in splits.items()}
+    return {
+        **own,
+        "precision": precision,
+        "weights": B.fingerprint(network.state_dict()),
+        "images": {split: images.fingerprint for split, images in splits.items()},
+        "targets": B.fingerprint(targets),
+    }
 
 
 def load_images(network: nn.Module, settings: Finetune, context: Context) -> tuple[dict[str, Images], Tensor]:
@@ -203,7 +247,7 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
     shuffled, indices = train.train[chosen], []
     for label in range(len(train.label_names)):
         members = shuffled[train.labels[shuffled] == label]
-        indices.append(members[: max(1, round(float(settings.labels) * len(members)))])
+        indices.append(members[: max(1, round(settings.labels * len(members)))])
     return splits, torch.cat(indices).sort().values
 
 
@@ -212,21 +256,18 @@ def fit(
     images: Images,
     indices: Tensor,
     settings: Finetune,
+    frozen: set[str],
     key: Key,
     context: Context,
     fingerprint: str,
     keeper: "Keeper",
 ) -> None:
     """Train the head, then all that is not frozen; `keeper` looks at the classifier after each epoch."""
-    _, total = steps_of(settings, len(indices), "finetune")
-    names = {name for name, _ in network.named_parameters()}
+    _, total = steps_of(settings, len(indices))
+    names = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
     head = {
         f"{n}.{p}" for n, m in network.named_modules() if m is network.get_classifier() for p, _ in m.named_parameters()
     }
-    frozen = set()
-    if settings.freeze is not None:
-        stage = B.resolve_stage(network, settings.freeze, "freeze")
-        frozen = B.low_names(network, stage, images.size)
     alone = round(settings.head_first * total)
     task = Classify(network, settings, images, average_from=alone)
     keeper.task = task
@@ -247,10 +288,6 @@ class Keeper:
     def __init__(self, context: Context, splits: dict[str, Images], settings: Finetune) -> None:
         self.context, self.splits, self.settings = context, splits, settings
         self.task: Classify | None = None
-
-    def done(self) -> bool:
-        """Whether the last classifier was kept, which is the last thing that training does."""
-        return (self.context.folder / "last" / "finetune.json").exists()
 
     def top1(self, network: nn.Module, split: str) -> float:
         """Accuracy on the held-out part of train, or on the test split."""
@@ -281,6 +318,8 @@ class Keeper:
     def measure(self, model: str, settings: Finetune, precision: str) -> None:
         """Records of the best and the last classifier, on the held-out part and the test split."""
         path, found = self.context.folder / "records.jsonl", []
+        marker = read_json(self.context.folder / "finetune.json")
+        cost = marker["budget"]
         for name in ("best", "last"):
             folder = self.context.folder / name
             network = B.load(folder).to(self.context.accelerator.device)
@@ -291,6 +330,7 @@ class Keeper:
                     {
                         "arm": "finetune",
                         "model": model,
+                        "recipe_sha256": sha256_json(marker["read"]),
                         "seed": settings.seed,
                         "phase": "finetune",
                         "round": 0,
@@ -301,6 +341,9 @@ class Keeper:
                         "split": split,
                         "metric": "top1",
                         "value": value,
+                        "images_seen": round(cost["images"]),
+                        "flops": cost["flops"],
+                        "seconds": round(cost["seconds"], 1),
                         "device": records.device_name(self.context.accelerator.device.type),
                         "precision": precision,
                         "weights_sha256": sha256_file(folder / "model.safetensors"),

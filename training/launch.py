@@ -94,6 +94,11 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if has_units else "fp32"
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
     """An Accelerator for the processes that were launched, with every core in use.
 
@@ -125,5 +130,5 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
         said = os.environ.get("OMP_NUM_THREADS")
         if said is None or (launched and said == "1"):
             local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+            torch.set_num_threads(max(1, cores() // local))
     return accelerator

@@ -72,7 +72,7 @@ class Context:
             sys.stdout.flush()
 
 
-def steps_of(schedule: Schedule, images: int, field_name: str) -> tuple[int, int]:
+def steps_of(schedule: Schedule, images: int, prefix: str = "") -> tuple[int, int]:
     """Steps of an epoch and of the whole schedule; the last partial batch of an epoch is dropped.
 
     Raises:
@@ -80,10 +80,10 @@ def steps_of(schedule: Schedule, images: int, field_name: str) -> tuple[int, int
     """
     epoch = images // schedule.batch_size
     if epoch == 0:
-        raise Refused(f"{field_name}.batch_size: {schedule.batch_size} is more than the {images} training images.")
+        raise Refused(f"{prefix}batch_size: {schedule.batch_size} is more than the {images} training images.")
     total = round(schedule.epochs * epoch)
     if total == 0 and schedule.epochs > 0:
-        raise Refused(f"{field_name}.epochs: {schedule.epochs} is less than one step of {schedule.batch_size} images.")
+        raise Refused(f"{prefix}epochs: {schedule.epochs} is less than one step of {schedule.batch_size} images.")
     return epoch, total
 
 
@@ -205,7 +205,7 @@ def train(
         Interrupted: a signal came; a checkpoint has been written.
     """
     accelerator = context.accelerator
-    epoch_steps, total = steps_of(schedule, len(indices), key.phase)
+    epoch_steps, total = steps_of(schedule, len(indices))
     last = total if last is None else last
     saved = context.checkpoints.load(key.name, fingerprint, context.say)
     if saved:
@@ -262,7 +262,7 @@ def train(
                 raise Interrupted(context.stop.number or signal.SIGTERM)
     except Failed as error:
         kept = f"the checkpoint of step {saved_at} is kept" if saved_at else "there is no checkpoint yet"
-        advice = f"a lower {key.phase}.lr, {key.phase}.clip_grad or --precision fp32 may help"
+        advice = "a lower learning rate, clip_grad or --precision fp32 may help"
         raise Failed(f"{key.phase}: {error}; {kept}; {advice}.") from error
     finally:
         context.stop.deferred = False

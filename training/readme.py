@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 from . import contrast, records, report
+from .command import short_name
 from .files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
     shares = sorted({float(r["settings"]["labels"]) for r in rows})
     lines = [["fine-tuned, top-1 %", *(f"{share:.0%} of the labels" for share in shares)]]
     for start in dict.fromkeys((r["model"], r["settings"]["scratch"]) for r in rows):
-        name = Path(start[0]).name
+        name = short_name(start[0])
         cells = [f"{name}, from scratch" if start[1] else name]
         for share in shares:
             same = [r for r in rows if (r["model"], r["settings"]["scratch"]) == start]

@@ -15,7 +15,8 @@ SETTINGS = ("k", "views", "labels", "scratch")
 
 def identity(record: dict[str, Any]) -> tuple:
     settings = record.get("settings", {})
-    return (*(record.get(name) for name in IDENTITY), *(settings.get(name) for name in SETTINGS))
+    made_by = record.get("recipe_sha256") if record.get("protocol") == "finetune" else None
+    return (*(record.get(name) for name in IDENTITY), *(settings.get(name) for name in SETTINGS), made_by)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -36,19 +37,18 @@ def versions() -> dict[str, str]:
 
 def device_name(kind: str) -> str:
     """A device as records name it, e.g. "AMD EPYC, 2 cores"."""
-    import os
-
     import torch
+
+    from .launch import cores
 
     if kind == "cuda":
         return torch.cuda.get_device_name()
-    cores = f"{len(os.sched_getaffinity(0))} cores"
     try:
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
         found = None
     name = found.group(1).strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {cores}" if kind == "cpu" else f"{kind}, {name}"
+    return f"{name}, {cores()} cores" if kind == "cpu" else f"{kind}, {name}"
 
 
 def value(records: list[dict[str, Any]], **fields: Any) -> float | None:

@@ -4,6 +4,7 @@ While the new high part is random the low part is frozen (settle), so that it is
 gradient (Kumar et al., ICLR 2022); then it trains on at `low_lr` of the learning rate.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -109,7 +110,10 @@ def relearn(
         key, context, fingerprint: as `loop.train` takes them.
     """
     indices = images.train[(labels[images.train] >= 0).any(1)]
-    _, total = steps_of(settings, len(indices), "relearn")
+    # As many steps as with all images, so that leaving some out does not make the phase shorter.
+    share = (len(images.train) // settings.batch_size) / max(1, len(indices) // settings.batch_size)
+    settings = dataclasses.replace(settings, epochs=settings.epochs * share)
+    _, total = steps_of(settings, len(indices), "relearn.")
     settled = round(settings.settle * total)
     low = split(network, settings, images.size)
     seed_all(key.number("fresh"))

@@ -206,24 +206,41 @@ def _refuse(run: Run) -> None:
     Raises:
         Refused: naming the field.
     """
-    processes = run.accelerator.num_processes
-    if not len(run.train.train) or not len(run.train.val):
-        raise Refused(
-            f"data.val_fraction: {run.recipe.data.val_fraction:g} of {len(run.train.all)} usable images leaves "
-            f"{len(run.train.train)} to train on and {len(run.train.val)} held out; at least one of each is needed."
-        )
+    check_split(run.recipe.data, run.train)
     clusters.check(run.recipe.clusters, run.train)
     for name in ("proxy", "relearn"):
         schedule: Schedule = getattr(run.recipe, name)
-        if schedule.optimizer not in list_optimizers():
-            raise Refused(f"{name}.optimizer: timm has no optimiser {schedule.optimizer!r}.")
-        if schedule.batch_size % (processes * schedule.accumulate):
-            raise Refused(
-                f"{name}.batch_size: {schedule.batch_size} images cannot be shared evenly by {processes} processes of "
-                f"{schedule.accumulate} micro-batches each."
-            )
         if schedule.epochs:
-            steps_of(schedule, len(run.train.train), name)
+            check_fits(schedule, len(run.train.train), run.accelerator.num_processes, f"{name}.")
+
+
+def check_split(data: Data, images: Images) -> None:
+    """Refuse a held-out part of nothing, or of everything.
+
+    Raises:
+        Refused: naming the field.
+    """
+    if not len(images.train) or not len(images.val):
+        raise Refused(
+            f"data.val_fraction: {data.val_fraction:g} of {len(images.all)} usable images leaves "
+            f"{len(images.train)} to train on and {len(images.val)} held out; at least one of each is needed."
+        )
+
+
+def check_fits(schedule: Schedule, images: int, processes: int, prefix: str = "") -> None:
+    """Refuse a schedule, its fields named with `prefix`, that these images and processes make impossible.
+
+    Raises:
+        Refused: naming the field.
+    """
+    if schedule.optimizer not in list_optimizers():
+        raise Refused(f"{prefix}optimizer: timm has no optimiser {schedule.optimizer!r}.")
+    if schedule.batch_size % (processes * schedule.accumulate):
+        raise Refused(
+            f"{prefix}batch_size: {schedule.batch_size} images cannot be shared evenly by {processes} processes of "
+            f"{schedule.accumulate} micro-batches each."
+        )
+    steps_of(schedule, images, prefix)
 
 
 def _announce(run: Run, network: nn.Module) -> None:

@@ -122,11 +122,9 @@ class BackboneTask(ViewTask):
 
 def pooled_size(backbone: nn.Module, size: int) -> int:
     """Number of pooled features; timm's num_features is another thing where a head has a hidden layer."""
-    mode, parameter = backbone.training, next(backbone.parameters())
-    with torch.no_grad():
-        width = backbone.eval()(torch.zeros(1, 3, size, size, device=parameter.device)).shape[1]
-    backbone.train(mode)
-    return width
+    device = next(backbone.parameters()).device
+    with B.evaluating(backbone), torch.no_grad():
+        return backbone(torch.zeros(1, 3, size, size, device=device)).shape[1]
 
 
 def mlp(width: int, hidden: int, layers: int) -> tuple[nn.Module, int]:

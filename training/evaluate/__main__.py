@@ -8,8 +8,8 @@ from pathlib import Path
 
 from .. import backbone as B
 from .. import launch, proxies, recipe, records, report
-from ..command import Parser, as_timm_names, guarded, model_parser
-from ..files import Refused, sha256_json
+from ..command import Parser, as_timm_names, guarded, model_parser, short_name
+from ..files import Refused
 from ..loop import Context
 from ..setup import load_splits
 from . import evaluate
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str]) -> None:
     views = proxies.find(recipe.Proxy(name=given.residue)).residue if given.residue else ()
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
         accelerator = launch.start("fp32", None, scratch)
+        if accelerator.num_processes > 1:
+            raise Refused("evaluate runs in one process; start it with python -m training.evaluate.")
         context = Context(accelerator, Path(scratch), stop, 1, 1)
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
         data = dataclasses.replace(made.data, size=network.pretrained_cfg["input_size"][-1])
@@ -40,8 +42,8 @@ def main(arguments: Sequence[str]) -> None:
         if train.labels is None and not views:
             raise Refused("data.label_column: there are no labels to measure features by; --residue needs none.")
         found = evaluate(network.to(accelerator.device), made.evaluate, train, test, views, context)
-        weights = sha256_json({key: value.double().sum().item() for key, value in network.state_dict().items()})
-        shared = {"arm": Path(given.model).name, "model": given.model, "phase": "evaluate", "round": 0, "seed": None}
+        weights = B.fingerprint(network.state_dict())
+        shared = {"arm": short_name(given.model), "model": given.model, "phase": "evaluate", "round": 0, "seed": None}
         prints = {"val": train.fingerprint, "test": test.fingerprint if test else ""}
         rows = [
             {
