@@ -53,7 +53,7 @@ def test_its_lines_of_python_run(hub, tmp_path):
     code = "\n".join(part.split("```")[0] for part in (hub / "README.md").read_text().split("```python\n")[1:])
     code = code.replace("hf-hub:ORG/NAME", f"local-dir:{hub}") + "\nprint(features.shape, len(maps.feature_info))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["torch.Size([1,", "96])", "5"]
+    assert done.stdout.splitlines()[-1] == "torch.Size([1, 96]) 5"
 
 
 def test_its_recipe_is_the_one_that_ran_without_the_places_of_this_machine(hub, finished, picture_folder, tmp_path):
@@ -80,7 +80,18 @@ def test_licence_data_set_and_words_come_from_the_recipe(picture_folder, tmp_pat
     assert (data.license, data.datasets) == ("other", ["somebody/pictures"])
     assert "\nWords of *ours*.\n" in text
     assert "research only" in text
+    assert data.eval_results  # of the proxy's backbone, where nothing was relearned
+    assert "clusters of features" not in text.split("The method is")[0]
     assert '"license": "other"' in (run / "hub" / "config.json").read_text()
+
+
+def test_it_says_what_the_model_started_from():
+    base = ["--data.path", "/home/me/photos", "--run", "x"]
+    own = card.what(recipe.parse([*base, "--model.name", "local-dir:/home/me/runs/a/hub"]), [], "sslpp")
+    assert "/home/me" not in own
+    assert "from random weights, by rotation prediction, without labels, then from clusters" in own
+    lent = card.what(recipe.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
+    assert "from the weights of resnet50, whatever these were trained on, then from clusters" in lent
 
 
 def test_controls_are_shown_where_there_were_any():
@@ -91,8 +102,9 @@ def test_controls_are_shown_where_there_were_any():
         for arm, value in (("scratch", 0.4), ("sslpp", 0.5))
         for seed in (0, 1)
     ]
-    words, summary, linear, *_ = card.comparison(rows)
-    assert "seeds 0, 1" in words
+    words, summary, linear, *_, arms = card.comparison(rows)
+    assert "Seeds 0, 1" in words
+    assert "`scratch`: sslpp's labels" in arms
     assert "scratch" in summary
     assert "+10.0" in linear
     assert card.comparison([]) == []

@@ -59,6 +59,16 @@ def test_every_arm_and_seed_has_its_records_and_budget(finished):
     assert flops["random"] == 0
 
 
+def test_the_card_of_sslpp_shows_its_controls(finished):
+    hub = finished[0] / "seed_0" / "sslpp" / "hub"
+    text = (hub / "README.md").read_text()
+    assert text.split("---")[2].startswith("\n\n# whole\n")
+    assert "### Beside its controls" in text
+    assert "- `keep_high`: Exactly sslpp, but the high part continues" in text
+    assert (hub / "report" / "arms.png").exists()
+    assert "](report/arms.png)" in text
+
+
 def test_phases_that_arms_share_are_done_once(finished):
     folder, _ = finished
     for seed in (0, 1):

@@ -104,6 +104,13 @@ def test_a_branch_must_be_there(hub, run):
     assert on_hub(hub)["README.md"] != b"of v2"
 
 
+def test_a_branch_of_a_repository_that_is_not_there_and_a_name_without_owner_make_nothing(hub, run):
+    for arguments, said in ((["org/fresh", "--revision", "v2"], "org/fresh is not there"), (["net"], "ORG/NAME")):
+        done = call(push.main, run, *arguments)
+        assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (2, 1, True)
+    assert hub.repos == {}
+
+
 def test_a_pull_request_by_a_reader_is_made_once(hub, run, monkeypatch):
     call(push.main, run, "org/net")
     monkeypatch.setenv("HF_TOKEN", "read-bob")

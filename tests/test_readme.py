@@ -47,6 +47,6 @@ def test_fine_tuned_models_are_told_apart_by_start_and_share_of_labels(tmp_path)
             ["fine-tuned, top-1 %", "10% of the labels", "100% of the labels"],
             ["net", "55.0 ± 7.1 (2)", "90.0 (1)"],
             ["net, from scratch", "30.0 (1)", ""],
-            ["proxy", "40.0 (1)", ""],
+            ["x_proxy", "40.0 (1)", ""],
         ]
     ]

@@ -110,3 +110,12 @@ def test_a_contact_sheet_shows_the_nearest_images_first(tmp_path, labelled):
     size, shades = drawn(tmp_path / "sheet.png")
     assert min(size) > 200
     assert shades > 20
+
+
+def test_a_test_split_without_labels_leaves_the_held_out_part_to_show():
+    rows = [record("sslpp", "pooled", 0.5, split="val", number=1), record("proxy_short", "pooled", 0.4, split="val")]
+    rows += [record("sslpp", "pooled", 9.0, "rankme", split=split, number=1) for split in ("val", "test")]
+    found = dict(report.tables(rows, ["proxy_short", "sslpp"]))
+    assert found["linear"][1:] == [["proxy_short", "40.0"], ["sslpp", "50.0"]]
+    assert found["rankme"][1:] == [["sslpp", "9.0"]]
+    assert "on the held-out part of train" in report.gain(rows, "sslpp")

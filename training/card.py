@@ -6,17 +6,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from . import arms as A
 from . import contrast, report
+from .command import short_name
 from .recipe import Recipe, to_yaml
 
 REPOSITORY = "ORG/NAME"  # stands in the card for the repository, which push fills in
 TAGS = ["timm", "transformers", "image-feature-extraction", "self-supervised-learning", "sslpp"]
-FIGURES = {
-    "stages": "Accuracy of frozen features by stage, and how much of the proxy task is left in them",
-    "arms": "The same for every arm of the comparison",
-    "neighbours": "Held-out images and their nearest training images, before and after",
-    "clusters": "Clusters that the last round learned from",
-}
 
 
 def write(folder: Path, name: str, records: report.Records, compared: report.Records, recipe: Recipe, arm: str) -> None:
@@ -30,7 +26,7 @@ def write(folder: Path, name: str, records: report.Records, compared: report.Rec
         recipe: that made the model.
         arm: what the model is called in the records.
     """
-    shown = {name: caption for name, caption in FIGURES.items() if (folder / "report" / f"{name}.png").exists()}
+    shown = {name: caption for name, caption in report.PICTURES.items() if (folder / "report" / f"{name}.png").exists()}
     parts = [
         f"---\n{metadata(name, report.last_round(records, arm), recipe)}\n---",
         f"# {name}",
@@ -99,15 +95,28 @@ def what(recipe: Recipe, records: report.Records, arm: str) -> str:
     images = recipe.card.dataset or Path(recipe.data.path).name
     if recipe.data.limit:
         images = f"{recipe.data.limit:,} images of {images}, {recipe.data.val_fraction:.0%} of them held out"
-    first = f"{recipe.proxy.name} prediction" if recipe.proxy.epochs else f"the weights of {recipe.model.name}"
-    stage, rounds = recipe.relearn.split, recipe.relearn.rounds
-    seen = next((r["images_seen"] for r in report.last_round(records, arm)), 0)
-    return f"""A {recipe.model.name} backbone ({recipe.model.args or "as timm has it"}) without a head, for images of
-{recipe.data.size} px, trained on {images} without their labels: first {first}, then SSL++ (Chen et al., IEEE TIP 2022,
-[doi:10.1109/TIP.2021.3135470](https://doi.org/10.1109/TIP.2021.3135470); our reading of the abstract), which keeps the
-low layers (up to stage {stage}), re-initialises the high ones, and relearns them from clusters of the network's own
-features ({rounds} round{"s" * (rounds > 1)}, k = {", ".join(map(str, recipe.clusters.k))}). In all it has seen {seen:,}
-views of images."""
+    relearn, name = recipe.relearn, short_name(recipe.model.name)
+    seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
+    origin = f"the weights of {name}, whatever these were trained on" if recipe.model.pretrained else "random weights"
+    steps = [f"from {origin}"]
+    if recipe.proxy.epochs:
+        steps.append(f"by {recipe.proxy.name} prediction, without labels")
+    if relearn.rounds:
+        labels = "the true labels" if recipe.clusters.source == "labels" else "clusters of features, without labels"
+        kept = {
+            "high": f"keeping the low layers (up to stage {relearn.split}) and re-initialising the high ones",
+            "all": "re-initialising every layer",
+            "none": "re-initialising nothing",
+        }[relearn.reinit]
+        steps.append(
+            f"then from {labels} (k = {', '.join(map(str, recipe.clusters.k))}; rounds {relearn.rounds}), {kept}"
+        )
+    return f"""A {name} backbone ({recipe.model.args or "as timm has it"}) without a head, for images of
+{recipe.data.size} px. It was trained on {images}: {", ".join(steps)}. In all it has seen {seen} views of images.
+
+The method is SSL++ (Chen et al., IEEE TIP 2022, [doi:10.1109/TIP.2021.3135470](https://doi.org/10.1109/TIP.2021.3135470);
+our reading of the abstract): the low layers of a self-supervised network are generic, its high ones are not, so these
+are learned anew, from clusters of the network's own features."""
 
 
 def usage(size: int) -> str:
@@ -116,14 +125,7 @@ def usage(size: int) -> str:
 needed:
 
 ```python
-import timm, torch
-from PIL import Image
-
-model = timm.create_model("hf-hub:{REPOSITORY}", pretrained=True, num_classes=0).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = Image.new("RGB", ({2 * size}, {2 * size}))  # your own: Image.open("photo.jpg").convert("RGB")
-with torch.no_grad():
-    features = model(transform(image).unsqueeze(0))  # one row of features
+{report.usage(f"hf-hub:{REPOSITORY}", size)}
 ```
 
 Feature maps for detection or segmentation, one for each stage:
@@ -151,21 +153,17 @@ features. `random` is the untrained network, `proxy_short` the backbone that rel
 
 
 def comparison(records: report.Records) -> list[str]:
-    """The model beside its controls at equal images seen; nothing where there are none."""
+    """The model beside its controls; nothing where there are none."""
     if not records:
         return []
-    rows = contrast.final(records)
-    _, seeds = contrast.arms_and_seeds(rows)
-    split = report.split_of(rows)
+    tables = contrast.tables(records)
+    arms, seeds = contrast.arms_and_seeds(contrast.final(records))
+    told = [f"`{arm}`: {A.ARMS[arm].__doc__.splitlines()[0].rstrip('.')}." for arm in arms if arm in A.ARMS]
     words = f"""### Beside its controls
 
-Every arm saw equally many images, with learning rates from the same grid; seeds {", ".join(map(str, seeds))}. `proxy`
-is the proxy task given the whole budget, `scratch` the same pseudo-labels with every layer from random, `finetune_all`
-the same without re-initialising anything, `keep_high` exactly sslpp without re-initialising. Differences are sslpp
-minus the arm; one counts only if its 95 % t interval excludes 0."""
-    split = report.split_of(rows)
-    pooled = [contrast.contrast(rows, name, split) for name in ("linear pooled", "knn pooled")]
-    return [words, *map(report.as_markdown, [contrast.summary(rows, split), *pooled])]
+Seeds {", ".join(map(str, seeds))}; columns tell what each arm has seen and cost. Differences are sslpp minus the arm;
+one counts only if its 95 % t interval excludes 0."""
+    return [words, *map(report.as_markdown, tables), "\n".join(f"- {line}" for line in told)]
 
 
 def limits(recipe: Recipe) -> str:

@@ -101,6 +101,13 @@ def summary(rows: Records, split: str, arms: list[str] | None = None) -> list[li
     return lines
 
 
+def tables(rows: Records) -> list[list[list[str]]]:
+    """The tables to show first: all arms' means, and the paired differences of the pooled features."""
+    rows = final(rows)
+    split = report.split_of(rows)
+    return [summary(rows, split), *(contrast(rows, name, split) for name in ("linear pooled", "knn pooled"))]
+
+
 def grid(rows: Records) -> list[list[str]]:
     """What was tried for each arm on the held-out part of train."""
     tried: dict[tuple[str, str], float] = {}

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
         validate_repo_id(given.repo)
     except HFValidationError as error:
         raise Refused(f"{given.repo!r} is no name of a repository: {error}") from None
+    if given.repo.count("/") != 1:
+        raise Refused(f"{given.repo!r} is no name of a repository: it needs an owner, ORG/NAME.")
     if given.create_pr and given.revision not in (None, "main"):
         raise Refused("--create-pr goes to main; leave --revision out.")
     if given.dry_run:
@@ -68,7 +70,7 @@ def collect(run: Path, repo: str) -> Files:
     folder = run / "hub" if (run / "hub").is_dir() else run
     for name in NEEDED:
         if not (folder / name).is_file():
-            raise Refused(f"{folder} has no {name}; finish the run with python -m training first.")
+            raise Refused(f"{folder} has no {name}; a run that python -m training has finished has.")
     if "architecture" not in read_json(folder / "config.json"):
         raise Refused(f"{folder / 'config.json'} names no architecture, so that timm could not load it.")
     pictures = sorted((folder / "report").glob("*.png"))
@@ -90,6 +92,10 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
         name = api.whoami()["name"]
         # No permission check: with exist_ok it also succeeds for what may not be written. The commit will tell.
         if not (create_pr or api.repo_exists(repo)):
+            if revision not in (None, "main"):
+                raise Refused(
+                    f"{repo} is not there, and so has no branch {revision!r}; push it without --revision first."
+                )
             api.create_repo(repo, private=private, exist_ok=True)
         info = api.model_info(repo)
         if private and not info.private:

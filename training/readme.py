@@ -22,14 +22,6 @@ def run_table(rows: contrast.Records) -> list[list[list[str]]]:
     return [lines for protocol, lines in found if protocol != "rankme" and "k = 200" not in lines[0][0]]
 
 
-def comparison_table(rows: contrast.Records) -> list[list[list[str]]]:
-    """Means of all arms, and the paired differences of the pooled features."""
-    rows = contrast.final(rows)
-    split = report.split_of(rows)
-    pooled = [contrast.contrast(rows, name, split) for name in ("linear pooled", "knn pooled")]
-    return [contrast.summary(rows, split), *pooled]
-
-
 def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
     """Top-1 of fine-tuned models on the test split, mean and spread over seeds, a column for each share of labels."""
     rows = [r for r in rows if (r["stage"], r["split"]) == ("last", "test")]
@@ -55,7 +47,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 TABLES = {
     "run": ("records.jsonl", run_table),
-    "comparison": ("records.jsonl", comparison_table),
+    "comparison": ("records.jsonl", contrast.tables),
     "finetune": ("finetune.jsonl", finetune_table),
 }
 

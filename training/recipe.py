@@ -1,7 +1,7 @@
 """Recipes: what a run does, as nested dataclasses, read from YAML and the command line by jsonargparse.
 
 The defaults are for photographs at 224 px. Limits stand in the types where a type can hold them, in `check` where two
-fields meet; what needs the images or the network is checked in `run.py`, still before anything is trained.
+fields meet; what needs the images or the network is checked in `setup.py`, still before anything is trained.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Data:
     image_column: str | None = None
     """Column of images; without one the only column of images."""
     label_column: str | None = None
-    """Column of labels, for evaluation alone; without one "label", "labels" or "fine_label" if it is there."""
+    """Column of labels; without one "label", "labels" or "fine_label" if it is there."""
     size: PositiveInt = 224
     """Working size, px: side of the square that the network sees."""
     limit: PositiveInt | None = None

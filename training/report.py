@@ -14,6 +14,13 @@ TITLES = {
     "residue": "residue, top-1 % (lower: less of the proxy is left)",
     "rankme": "RankMe (effective rank)",
 }
+PICTURES = {
+    "stages": "Accuracy of frozen features by stage, and how much of the proxy task is left in them",
+    "arms": "The same for every arm of the comparison",
+    "neighbours": "Held-out images and their nearest training images, under the proxy's backbone and the result's",
+    "clusters": "Clusters of the last round",
+    "curves": "Training",
+}
 
 
 def split_of(records: Records) -> str:
@@ -29,19 +36,20 @@ def last_round(records: Records, arm: str) -> Records:
 
 def tables(records: Records, arms: list[str]) -> list[tuple[str, list[list[str]]]]:
     """(title, rows) for each protocol: a row for each arm, a column for each stage and the pooled features."""
-    split = split_of(records)
-    rows = [r for arm in arms for r in last_round(records, arm) if r["split"] == split]
-    stages = sorted({r["stage"] for r in rows if r["stage"] != "pooled"})
+    shown = [r for arm in arms for r in last_round(records, arm)]
+    stages = sorted({r["stage"] for r in shown if r["stage"] != "pooled"})
     result = []
     for protocol, title in TITLES.items():
-        for k in sorted({r["settings"].get("k") or 0 for r in rows if r["protocol"] == protocol}):
+        rows = [r for r in shown if r["protocol"] == protocol]
+        rows = [r for r in rows if r["split"] == split_of(rows)]  # a test split may have no labels
+        for k in sorted({r["settings"].get("k") or 0 for r in rows}):
             head = [f"{title}, k = {k}" if k else title, *(f"stage {s}" for s in stages), "pooled"]
             lines = [head]
             for arm in arms:
                 values = {
                     r["stage"]: r["value"] * (1 if protocol == "rankme" else 100)
                     for r in rows
-                    if r["arm"] == arm and r["protocol"] == protocol and (r["settings"].get("k") or 0) == k
+                    if r["arm"] == arm and (r["settings"].get("k") or 0) == k
                 }
                 if values:
                     lines.append([arm, *(f"{values[s]:.1f}" if s in values else "" for s in (*stages, "pooled"))])
@@ -79,7 +87,7 @@ def as_markdown(lines: list[list[str]]) -> str:
 
 def gain(records: Records, arm: str) -> str:
     """What the result gained over the backbone it started from, or why there is no figure."""
-    split = split_of(records)
+    split = split_of([r for r in records if r["metric"] == "top1"])
 
     def pooled(name: str, protocol: str) -> tuple[float, int, int] | None:
         rows = [r for r in last_round(records, name) if r["stage"] == "pooled" and r["split"] == split]
@@ -102,12 +110,12 @@ def gain(records: Records, arm: str) -> str:
     )
 
 
-def usage(folder: Path, size: int) -> str:
-    """Lines of Python that load a backbone folder and embed an image."""
+def usage(model: str, size: int) -> str:
+    """Lines of Python that load a backbone by timm's name for it and embed an image."""
     return f"""import timm, torch
 from PIL import Image
 
-model = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0).eval()
+model = timm.create_model("{model}", pretrained=True, num_classes=0).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = Image.new("RGB", ({2 * size}, {2 * size}))  # your own: Image.open("photo.jpg").convert("RGB")
 with torch.no_grad():
@@ -131,19 +139,10 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     found = [lines for _, lines in tables(records, arms)]
     if len(pseudo := cluster_table(records, arm)) > 1:
         found.append(pseudo)
-    code = usage(folder / "hub", recipe.data.size)
-    pictures = [
-        ("stages", "Accuracy and residue by stage"),
-        (
-            "neighbours",
-            "Held-out images and their nearest training images, under the proxy's backbone and the result's",
-        ),
-        ("clusters", f"Clusters of the last round ({last.name})"),
-        ("curves", "Training"),
-    ]
+    code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
     parts = [f"# {folder.name}", gain(records, arm)]
     parts += map(as_markdown, found)
-    for name, caption in pictures:
+    for name, caption in PICTURES.items():
         if (folder / "report" / f"{name}.png").exists():
             parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")
     parts.append(f"## Use it\n\n```python\n{code}\n```")

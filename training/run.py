@@ -221,7 +221,11 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     path, number = this.folder / "records.jsonl", max(0, len(folders) - 1)
     weights = sha256_file(folders[-1] / "model.safetensors") if folders else "untrained"
     made_by = ("evaluate", *(("proxy", "clusters", "relearn") if number else ("proxy",) * len(folders)))
-    recipe_sha256 = sha256_json([weights, *(reads(this, phase) for phase in made_by)])
+    labels = {
+        split.fingerprint: split.labels for split in (this.train, this.test) if split and split.labels is not None
+    }
+    tests = [this.test.fingerprint if this.test and this.recipe.evaluate.test else None, B.fingerprint(labels)]
+    recipe_sha256 = sha256_json([weights, *tests, *(reads(this, phase) for phase in made_by)])
     known = [r for r in records.read(path) if r["arm"] == arm and r["round"] == number]
     if known and all(r["recipe_sha256"] == recipe_sha256 for r in known):
         return
@@ -273,6 +277,7 @@ def cluster_records(this: Run, folder: Path) -> list[dict[str, Any]]:
 
 def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     """report.md with its figures, and hub/."""
+    arm = this.arm if this.recipe.relearn.rounds else "proxy_short"
     sides = {"proxy": folders[0], "sslpp": folders[-1]}
     shown = torch.cat([this.train.train[:2000], this.train.val[:200]])
     found = {
@@ -283,8 +288,8 @@ def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     }
     if this.main:
         rows = records.read(this.folder / "records.jsonl")
-        report.draw(this.folder, rows, this.arm, folders[-1])
+        report.draw(this.folder, rows, arm, folders[-1])
         figures.neighbours(this.folder / "report" / "neighbours.png", found, this.train, shown)
-        export.export(this.folder, folders[-1], this.train, rows, this.recipe, this.arm, comparison)
-        this.context.say(report.write(this.folder, rows, this.recipe, this.arm, folders[-1]))
+        export.export(this.folder, folders[-1], this.train, rows, this.recipe, arm, comparison)
+        this.context.say(report.write(this.folder, rows, this.recipe, arm, folders[-1]))
     this.accelerator.wait_for_everyone()
