@@ -5,6 +5,7 @@ import itertools
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 
 from tests.conftest import make_images
 from training import backbone as B
@@ -159,3 +160,30 @@ def test_a_stage_that_is_not_there_is_refused():
     assert B.resolve_stage(network, -1, "x") == 4
     with pytest.raises(Refused, match=r"relearn\.split: 5"):
         B.resolve_stage(network, 5, "relearn.split")
+
+
+def test_a_frozen_low_part_takes_its_dropout_along_and_leaves_the_high_part_alone(context):
+    network = B.create(Model("test_vit", args={"drop_path_rate": 0.5}), 16)
+    count = len(B.stage_list(network))
+    low = B.low_names(network, count // 2 - 1, 16)
+    network.train()
+    B.set_frozen_mode(network, low, "eval")
+    drops = [module.training for module in network.modules() if isinstance(module, DropPath)]
+    assert set(drops) == {True, False}
+    assert drops == sorted(drops)  # frozen ones first
+    modes = [module.training for module in network.modules()]
+    images = make_images()
+    B.extract(network, images, images.all, context.accelerator, 16)
+    assert [module.training for module in network.modules()] == modes
+
+
+def test_the_fingerprint_of_tensors_is_of_names_types_shapes_and_contents():
+    one = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1, dtype=torch.bfloat16)}
+    assert B.fingerprint(one) == B.fingerprint({name: value.clone() for name, value in one.items()})
+    others = [
+        {"a": one["a"].view(3, 2), "b": one["b"]},
+        {"c": one["a"], "b": one["b"]},
+        {"a": one["a"].double(), "b": one["b"]},
+        {"a": one["a"] + 1e-6, "b": one["b"]},
+    ]
+    assert len({B.fingerprint(x) for x in (one, *others)}) == 5
