@@ -165,7 +165,7 @@ def test_the_head_is_trained_first_and_frozen_stages_never(context):
 
 
 def test_a_share_of_the_labels_is_a_share_of_each_class(tiny, context, monkeypatch):
-    monkeypatch.setattr(T, "load_splits", lambda data, context: (tiny, None))
+    monkeypatch.setattr(T, "load_for", lambda network, data, context: (tiny, None))
     network = B.create(Model("test_resnet"), 16)
     _, every = T.load_images(network, T.Finetune(), context)
     assert torch.equal(every, tiny.train)

@@ -29,7 +29,7 @@ from .images import Images
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
 from .recipe import BelowOne, Data, Log, Model, Schedule, Views, check_data, check_schedule, flatten, named_folder
-from .setup import check_fits, check_split, load_splits, refuse_other
+from .setup import check_fits, check_split, load_for, refuse_other
 from .task import Batch, ViewTask, accuracy
 
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
@@ -231,9 +231,7 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
     Raises:
         Refused: labels are missing, or do not match between the splits.
     """
-    size = network.pretrained_cfg["input_size"][-1]
-    data = dataclasses.replace(settings.data, size=size)
-    train, test = load_splits(data, context)
+    train, test = load_for(network, settings.data, context)
     splits = {"train": train, **({"test": test} if test else {})}
     for split, images in splits.items():
         unknown = "all" if images.labels is None else int((images.labels[images.all] < 0).sum())
@@ -241,9 +239,7 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
             raise Refused(
                 f"data.label_column: labels of the {split} split are missing ({unknown} of {len(images.all)})."
             )
-    splits = {split: B.as_seen_by(network, images) for split, images in splits.items()}
-    train = splits["train"]
-    chosen = torch.randperm(len(train.train), generator=torch.Generator().manual_seed(data.split_seed))
+    chosen = torch.randperm(len(train.train), generator=torch.Generator().manual_seed(settings.data.split_seed))
     shuffled, indices = train.train[chosen], []
     for label in range(len(train.label_names)):
         members = shuffled[train.labels[shuffled] == label]

@@ -170,6 +170,13 @@ def load_splits(data: Data, context: Context) -> tuple[Images, Images | None]:
     return found or load()
 
 
+def load_for(network: nn.Module, data: Data, context: Context) -> tuple[Images, Images | None]:
+    """The splits at the size and with the statistics that a pretrained network expects."""
+    data = dataclasses.replace(data, size=network.pretrained_cfg["input_size"][-1])
+    train, test = load_splits(data, context)
+    return B.as_seen_by(network, train), B.as_seen_by(network, test) if test else None
+
+
 def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) -> None:
     """Write data.json; refuse a run folder of other data, so that labels never slip by one."""
     path, data = folder / "data.json", recipe.data

@@ -1,6 +1,5 @@
 """python -m training.evaluate MODEL --data.path DATA: how good the frozen features of any model that timm loads are."""
 
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from .. import launch, proxies, recipe, records, report
 from ..command import Parser, as_timm_names, guarded, model_parser, short_name
 from ..files import Refused
 from ..loop import Context
-from ..setup import load_splits
+from ..setup import load_for
 from . import evaluate
 
 
@@ -37,8 +36,7 @@ def main(arguments: Sequence[str]) -> None:
             raise Refused("evaluate runs in one process; start it with python -m training.evaluate.")
         context = Context(accelerator, Path(scratch), stop, 1, 1)
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
-        data = dataclasses.replace(made.data, size=network.pretrained_cfg["input_size"][-1])
-        train, test = (B.as_seen_by(network, split) if split else None for split in load_splits(data, context))
+        train, test = load_for(network, made.data, context)
         if train.labels is None and not views:
             raise Refused("data.label_column: there are no labels to measure features by; --residue needs none.")
         found = evaluate(network.to(accelerator.device), made.evaluate, train, test, views, context)
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
             {
                 **shared,
                 **row,
-                "data": f"{Path(data.path).name}@{prints[row['split']][:16]}",
+                "data": f"{Path(made.data.path).name}@{prints[row['split']][:16]}",
                 "weights_sha256": weights,
                 "device": records.device_name(accelerator.device.type),
                 "precision": "fp32",

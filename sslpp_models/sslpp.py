@@ -1,0 +1,126 @@
+"""Entrypoints: stock architectures of timm with weights made by SSL++ (Chen et al., IEEE TIP 2022).
+
+Each builds one of timm's own architectures with a few keywords set, so that every keyword of timm works on it. Those
+ending in `_s32` are made for small images: their maps shrink less. All are headless; ``num_classes=10`` adds a head.
+"""
+
+from typing import Any
+
+from safetensors import safe_open
+from timm.models import (
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from . import weights
+
+
+def _cfg(name: str, **fields: Any) -> dict[str, Any]:
+    return {
+        **weights.source(name),
+        "num_classes": 0,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "license": "apache-2.0",
+        "paper_name": "SSL++: Improving Self-Supervised Learning by Mitigating the Proxy Task-Specificity Problem",
+        "paper_ids": "doi:10.1109/TIP.2021.3135470",
+        **fields,
+    }
+
+
+_CIFAR10 = {"input_size": (3, 32, 32), "mean": (0.4911, 0.4821, 0.4465), "std": (0.2453, 0.2428, 0.2607)}
+
+# The first tag of an architecture is its default.
+default_cfgs = generate_default_cfgs(
+    {
+        name: _cfg(name, **fields)
+        for name, fields in {
+            "sslpp_resnet18_s32.rotation_c10": {**_CIFAR10, "first_conv": "conv1", "classifier": "fc"},
+            "sslpp_convnext_atto_s32.rotation_c10": {**_CIFAR10, "first_conv": "stem.0", "classifier": "head.fc"},
+        }.items()
+    }
+)
+
+
+@register_model
+def sslpp_resnet18_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 of half the usual width whose last stage is dilated instead of strided; 2.8 M parameters."""
+    args = {"channels": (32, 64, 128, 256), "output_stride": 16}
+    return _create("sslpp_resnet18_s32", "resnet18", args, pretrained, **kwargs)
+
+
+@register_model
+def sslpp_convnext_atto_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ConvNeXt-Atto with patches of 2 x 2 px, 3 x 3 kernels and narrower stages; 1.9 M parameters."""
+    args = {"patch_size": 2, "dims": (32, 64, 128, 256), "depths": (2, 2, 4, 2), "output_stride": 16}
+    args |= {"kernel_sizes": 3, "conv_mlp": True}
+    return _create("sslpp_convnext_atto_s32", "convnext_atto", args, pretrained, **kwargs)
+
+
+def _create(
+    name: str,
+    base: str,
+    args: dict[str, Any],
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build timm's `base` with `args`, under the weights of a tag of `name`.
+
+    Args:
+        name: of the entrypoint.
+        base: architecture of timm.
+        args: its keywords, where the caller sets no others.
+        pretrained: load the weights.
+        pretrained_cfg: tag, or a cfg of the caller's own, as timm.create_model passes it on.
+        pretrained_cfg_overlay: fields of the cfg that the caller sets; a source of weights of theirs replaces ours.
+        cache_dir: of the Hub's client.
+
+    Raises:
+        RuntimeError: there is no such tag.
+        weights.WeightsError: the weights are damaged, or do not cover the network.
+    """
+    known = get_arch_pretrained_cfgs(name)
+    if isinstance(pretrained_cfg, str) and f"{name}.{pretrained_cfg}" not in known:
+        raise RuntimeError(f"There are no weights {name}.{pretrained_cfg}; there are {', '.join(known)}.")
+    overlay = dict(pretrained_cfg_overlay or {})
+    theirs = {"file", "state_dict", "hf_hub_id", "url"} & overlay.keys()
+    if theirs:
+        overlay.setdefault("file", None)  # which timm would prefer to an id or address of the caller's
+    # Resolved here: a delegation that leaves it open asks for the weights that timm itself has for `base`.
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay).to_dict()
+    tagged = f"{name}.{cfg.get('tag')}"
+    ours = pretrained and not theirs and tagged in known and weights.source(tagged).items() <= cfg.items()
+    if ours:
+        cfg["file"] = str(weights.fetch(tagged, cache_dir))
+    args = {**args, **kwargs}
+    network = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, cache_dir=cache_dir, **args)
+    if ours:
+        _check_covered(network, tagged, cfg)
+    # What timm writes when the network is saved: a stock architecture, which loads without this package.
+    network.pretrained_cfg["architecture"] = base
+    network._model_args = {key: value for key, value in args.items() if key not in ("device", "dtype")}
+    return network
+
+
+def _check_covered(network: nn.Module, name: str, cfg: dict[str, Any]) -> None:
+    """Refuse a network with parameters outside its head that the weights lack: timm leaves them random, in silence.
+
+    Raises:
+        weights.WeightsError: naming one of them.
+    """
+    head = cfg["classifier"].split(".")[0]  # with what a keyword such as head_hidden_size adds to it
+    with safe_open(cfg["file"], framework="pt") as file:
+        missing = network.state_dict().keys() - set(file.keys())
+    missing = sorted(key for key in missing if not key.startswith(f"{head}."))
+    if missing and hasattr(network, "get_classifier"):  # of what features_only wraps, timm has asked for every weight
+        raise weights.WeightsError(
+            f"{name} has no weights for {len(missing)} parameters of the network that was asked for, among them "
+            f"{missing[0]}; leave out the keyword that adds them, or pretrained=True."
+        )

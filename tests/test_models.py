@@ -1,0 +1,239 @@
+"""Entrypoints: what timm promises of its own models, of ours."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, load_state_dict, save_for_hf
+from timm.models._manipulate import group_with_matcher
+
+import sslpp_models
+from sslpp_models import weights
+from tests.conftest import ROOT
+
+TAGGED = timm.list_pretrained("sslpp_*")
+PACKAGED = [name for name in TAGGED if weights.packaged(name).exists()]
+NAMES = timm.list_models("sslpp_*")
+LICENCES = {"apache-2.0"}
+
+
+def images(name, size=None, channels=3, count=2):
+    size = size or get_pretrained_cfg(name).input_size[-1]
+    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_lists_filters_tags_and_cfgs_answer_as_timms_own():
+    assert {timm.models.get_arch_name(name) for name in TAGGED} == set(NAMES) == set(timm.list_models(module="sslpp"))
+    assert {name.split("_")[1] for name in NAMES} >= {"resnet18", "convnext"}
+    assert timm.list_models("sslpp_resnet18*", pretrained=True) == [n for n in TAGGED if "resnet18" in n]
+    for name in TAGGED:
+        architecture, tag = name.split(".")
+        cfg = get_pretrained_cfg(name)
+        assert timm.is_model_pretrained(architecture)
+        assert timm.is_model_pretrained(name)
+        assert (cfg.architecture, cfg.tag, cfg.num_classes) == (architecture, tag, 0)
+        assert name in get_arch_pretrained_cfgs(architecture)
+        assert cfg.license in LICENCES
+        assert cfg.paper_ids
+        assert cfg.first_conv
+        assert cfg.classifier
+        data = timm.data.resolve_model_data_config(timm.create_model(architecture))
+        assert data["input_size"] == cfg.input_size
+        assert (data["mean"], data["std"], data["crop_pct"]) == (cfg.mean, cfg.std, cfg.crop_pct)
+
+
+def test_what_is_published_is_registered_and_the_other_way_round_and_small():
+    listed = dict(line.split()[::-1] for line in (weights.FOLDER / "SHA256SUMS").read_text().splitlines())
+    assert set(listed) == {f"{name}.safetensors" for name in TAGGED}
+    sizes = []
+    for file, sha256 in listed.items():
+        if not (weights.FOLDER / file).exists():  # too large for the package
+            continue
+        content = (weights.FOLDER / file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == sha256
+        sizes.append(len(content) / 1e6)
+    assert max(sizes) <= 25
+    assert sum(sizes) <= 60
+    assert all(name in (weights.FOLDER / "README.md").read_text() for name in TAGGED)
+    assert {path.suffix for path in weights.FOLDER.iterdir()} <= {".safetensors", "", ".md"}
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_networks_of_every_kind_are_created(name, pretrained):
+    for channels in (1, 3, 4):
+        for classes in (0, 10):
+            network = timm.create_model(name, pretrained=pretrained, in_chans=channels, num_classes=classes).eval()
+            with torch.no_grad():
+                out = network(images(name, channels=channels))
+            assert out.shape == (2, classes or network.num_features)
+            assert torch.isfinite(out).all()
+    for keyword in ({"global_pool": "max"}, {"drop_path_rate": 0.2}, {"drop_rate": 0.2}, {"output_stride": 8}):
+        network = timm.create_model(name, pretrained=pretrained, **keyword).eval()
+        assert network(images(name)).shape == (2, network.num_features)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_every_backbone_weight_is_the_published_one(name):
+    published = load_file(weights.packaged(name))
+    for classes in (0, 10):
+        found = timm.create_model(name, pretrained=True, num_classes=classes).state_dict()
+        own = {key for key in found if not key.startswith(get_pretrained_cfg(name).classifier)}
+        assert own == set(published)
+        assert all(torch.equal(found[key], published[key].to(found[key].dtype)) for key in own)
+    feature_maps = timm.create_model(name, pretrained=True, features_only=True)
+    values = {tuple(value.shape): value for value in feature_maps.state_dict().values()}
+    first = f"{get_pretrained_cfg(name).first_conv}.weight"
+    assert torch.equal(values[tuple(published[first].shape)], published[first].float())
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_feature_maps_intermediates_and_sizes(name):
+    network = timm.create_model(name, pretrained=True).eval()
+    size = get_pretrained_cfg(name).input_size[-1]
+    for side in (size, size + 32):
+        batch = images(name, side)
+        with torch.no_grad():
+            last, maps = network.forward_intermediates(batch)
+            again = timm.create_model(name, pretrained=True, features_only=True).eval()(batch)
+            assert torch.allclose(last, network.forward_features(batch), atol=1e-5)
+            assert torch.allclose(network.forward_head(last), network(batch), atol=1e-5)
+        channels = [info["num_chs"] for info in network.feature_info]
+        assert [m.shape[1] for m in maps] == channels
+        for one, other in zip(again, maps, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+    chosen = timm.create_model(name, features_only=True, out_indices=(0, 2))
+    assert chosen.feature_info.channels() == [channels[0], channels[2]]
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_saved_loaded_and_grouped(name, tmp_path):
+    network = timm.create_model(name, pretrained=True, num_classes=7).eval()
+    save_file(network.state_dict(), tmp_path / "own.safetensors")
+    again = timm.create_model(name, num_classes=7, checkpoint_path=tmp_path / "own.safetensors").eval()
+    assert torch.equal(network(images(name)), again(images(name)))
+    groups = group_with_matcher(network.named_parameters(), network.group_matcher(), reverse=True)
+    assert set(groups) == {key for key, _ in network.named_parameters()}
+    head = f"{get_pretrained_cfg(name).classifier}.weight"
+    assert groups[head] == max(groups.values()) >= 4
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_what_timm_saves_of_it_loads_without_this_package(name, tmp_path):
+    network = timm.create_model(name, pretrained=True).eval()
+    save_for_hf(network, tmp_path, safe_serialization=True)
+    code = """
+import sys; sys.modules["sslpp_models"] = None
+import numpy, timm, torch
+batch = torch.from_numpy(numpy.load("batch.npy"))
+with torch.no_grad():
+    numpy.save("out.npy", timm.create_model("local-dir:.", pretrained=True).eval()(batch).numpy())
+"""
+    np.save(tmp_path / "batch.npy", images(name).numpy())
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        assert np.array_equal(np.load(tmp_path / "out.npy"), network(images(name)).numpy())
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_torch_export_and_onnx_give_equal_outputs(name, tmp_path):
+    network = timm.create_model(name, pretrained=True, num_classes=10).eval()
+    batch = images(name)
+    with torch.no_grad():
+        expected = network(batch)
+        exported = torch.export.export(network, (batch,))
+        assert torch.allclose(exported.module()(batch), expected, atol=1e-5)
+        torch.onnx.export(network, (batch,), tmp_path / "net.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
+    assert np.allclose(found, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_what_a_keyword_adds_to_the_head_may_be_new_and_placement_is_not_saved(name, tmp_path):
+    if "convnext" in name:
+        network = timm.create_model(name, pretrained=True, num_classes=3, head_hidden_size=8)
+        assert network(images(name)).shape == (2, 3)
+    save_for_hf(timm.create_model(name, device=torch.device("cpu")), tmp_path, safe_serialization=True)
+    assert '"device"' not in (tmp_path / "config.json").read_text()
+
+
+def test_a_tag_that_does_not_exist_is_told_what_there_is():
+    for name in NAMES:
+        for pretrained in (True, False):
+            with pytest.raises(RuntimeError, match=next(n for n in TAGGED if n.startswith(name))):
+                timm.create_model(f"{name}.none", pretrained=pretrained)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_parts_that_the_weights_do_not_have_are_an_error(name):
+    more = {"layers": (3, 2, 2, 2)} if "resnet" in name else {"depths": (3, 2, 4, 2)}
+    for classes in (0, 10):
+        with pytest.raises(RuntimeError, match=r"layer1.2|stages.0.blocks.2"):
+            timm.create_model(name, pretrained=True, num_classes=classes, **more)
+    timm.create_model(name, **more)
+
+
+def test_weights_and_cfgs_of_the_callers_own(tmp_path):
+    name = PACKAGED[0]
+    other = timm.create_model(name)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    for overlay in ({"file": str(tmp_path / "other.safetensors")}, {"state_dict": other.state_dict()}):
+        found = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), other.parameters(), strict=True))
+    cfg = get_pretrained_cfg(name)
+    published = load_state_dict(weights.packaged(name))
+    for given in (cfg, cfg.to_dict()):
+        found = timm.create_model(name.split(".")[0], pretrained=True, pretrained_cfg=given)
+        assert all(torch.equal(p, published[key].float()) for key, p in found.named_parameters())
+
+
+def elsewhere(tmp_path, code, **env):
+    """Run code against a copy of the package in tmp_path."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_importing_it_touches_no_network_and_little_beside_timm(tmp_path):
+    code = """
+import socket, sys
+def refuse(*args, **kwargs): raise SystemExit("the network was touched")
+import timm
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+before = set(sys.modules)
+import sslpp_models
+print(*sorted(set(sys.modules) - before))
+timm.create_model(timm.list_pretrained("sslpp_*")[0], pretrained=True)
+"""
+    done = elsewhere(ROOT, code)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {"sslpp_models", "sslpp_models.sslpp", "sslpp_models.weights"}
+
+
+def test_damaged_weights_load_nothing_and_say_which_file(tmp_path):
+    name = TAGGED[0]
+    shutil.copytree(Path(sslpp_models.__file__).parent, tmp_path / "sslpp_models")
+    file = tmp_path / "sslpp_models" / "weights" / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    done = elsewhere(
+        tmp_path, f"import timm, sslpp_models\ntimm.create_model({name!r}, pretrained=True, num_classes=10)"
+    )
+    assert done.returncode == 1
+    assert f"WeightsError: {file} is not what was published" in done.stderr
+    assert "install sslpp-models again" in done.stderr
