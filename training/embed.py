@@ -17,6 +17,7 @@ from .command import Parser, as_timm_names, guarded, model_parser
 from .files import Refused, read_json, sha256_file, whole_file
 from .images import Images
 from .loop import Context
+from .setup import one_process
 
 ROWS = 8192  # images between two writes
 
@@ -40,15 +41,13 @@ def main(arguments: Sequence[str]) -> None:
     data: recipe.Data = parser.instantiate(given).data
     recipe.check_data(data)
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
-        accelerator = launch.start("fp32", None, scratch)
-        if accelerator.num_processes > 1:
-            raise Refused("embed runs in one process; start it with python -m training.embed.")
-        context = Context(accelerator, Path(scratch), stop, 1, 1)
+        context = one_process("embed", Path(scratch), stop)
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
         data = dataclasses.replace(data, size=network.pretrained_cfg["input_size"][-1], max_bad_fraction=1.0)
         found = B.as_seen_by(network, images.load(data, data.split, Path(scratch)))
         labels = assign(Path(given.clusters), found, context, given.batch_size) if given.clusters else {}
-        write(Path(given.out), network.to(accelerator.device), found, given.stage, labels, context, given.batch_size)
+        network.to(context.accelerator.device)
+        write(Path(given.out), network, found, given.stage, labels, context, given.batch_size)
         bad = len(found) - len(found.all)
         context.say(f"{len(found)} rows in {given.out}" + (f", {bad} of them null: not decodable" if bad else ""))
 

@@ -254,7 +254,7 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
         }
         source = Path(this.recipe.data.path).name
         if number:
-            found += cluster_records(this, folders[-1])
+            found += cluster_records(this, network, folders[-1])
         train = this.train.fingerprint
         prints = {"train": train, "val": train, "test": this.test.fingerprint if this.test else ""}
         rows = [{**shared, **row, "data": f"{source}@{prints[row['split']][:16]}", **cost} for row in found]
@@ -262,9 +262,9 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     this.accelerator.wait_for_everyone()
 
 
-def cluster_records(this: Run, folder: Path) -> list[dict[str, Any]]:
+def cluster_records(this: Run, network: nn.Module, folder: Path) -> list[dict[str, Any]]:
     """How stable a round's pseudo-labels are, and how close to the classes, as records of the training images."""
-    stage = B.resolve_stage(B.load(folder), this.recipe.clusters.stage, "clusters.stage")
+    stage = B.resolve_stage(network, this.recipe.clusters.stage, "clusters.stage")
     told = read_json(folder / "clusters.json").get("clusterings", {})
     shared = {"stage": stage, "protocol": "clusters", "split": "train"}
     return [

@@ -170,6 +170,18 @@ def load_splits(data: Data, context: Context) -> tuple[Images, Images | None]:
     return found or load()
 
 
+def one_process(command: str, folder: Path, stop: StopSignals) -> Context:
+    """A float32 context for a command that measures or embeds, and does not train.
+
+    Raises:
+        Refused: it was launched in several processes.
+    """
+    accelerator = start("fp32", None, str(folder))
+    if accelerator.num_processes > 1:
+        raise Refused(f"{command} runs in one process; start it with python -m training.{command}.")
+    return Context(accelerator, folder, stop, 1, 1)
+
+
 def load_for(network: nn.Module, data: Data, context: Context) -> tuple[Images, Images | None]:
     """The splits at the size and with the statistics that a pretrained network expects."""
     data = dataclasses.replace(data, size=network.pretrained_cfg["input_size"][-1])

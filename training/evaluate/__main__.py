@@ -9,8 +9,7 @@ from .. import backbone as B
 from .. import launch, proxies, recipe, records, report
 from ..command import Parser, as_timm_names, guarded, model_parser, short_name
 from ..files import Refused
-from ..loop import Context
-from ..setup import load_for
+from ..setup import load_for, one_process
 from . import evaluate
 
 
@@ -31,15 +30,12 @@ def main(arguments: Sequence[str]) -> None:
     recipe.check_data(made.data)
     views = proxies.find(recipe.Proxy(name=given.residue)).residue if given.residue else ()
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
-        accelerator = launch.start("fp32", None, scratch)
-        if accelerator.num_processes > 1:
-            raise Refused("evaluate runs in one process; start it with python -m training.evaluate.")
-        context = Context(accelerator, Path(scratch), stop, 1, 1)
+        context = one_process("evaluate", Path(scratch), stop)
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
         train, test = load_for(network, made.data, context)
         if train.labels is None and not views:
             raise Refused("data.label_column: there are no labels to measure features by; --residue needs none.")
-        found = evaluate(network.to(accelerator.device), made.evaluate, train, test, views, context)
+        found = evaluate(network.to(context.accelerator.device), made.evaluate, train, test, views, context)
         weights = B.fingerprint(network.state_dict())
         shared = {"arm": short_name(given.model), "model": given.model, "phase": "evaluate", "round": 0, "seed": None}
         prints = {"val": train.fingerprint, "test": test.fingerprint if test else ""}
@@ -49,13 +45,13 @@ def main(arguments: Sequence[str]) -> None:
                 **row,
                 "data": f"{Path(made.data.path).name}@{prints[row['split']][:16]}",
                 "weights_sha256": weights,
-                "device": records.device_name(accelerator.device.type),
+                "device": records.device_name(context.accelerator.device.type),
                 "precision": "fp32",
                 "versions": records.versions(),
             }
             for row in found
         ]
-        if context.main and given.out:
+        if given.out:
             records.write(Path(given.out), rows)
         tables = [report.as_text(lines) for _, lines in report.tables(rows, [shared["arm"]])]
         context.say("\n\n".join(tables))
