@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from huggingface_hub import constants
 
 import sslpp_models
 from tests.conftest import call, make_images
@@ -98,6 +99,29 @@ def test_train_push_and_load_without_this_package(hub, finished, tmp_path):
     assert told["no revision"] == "RevisionNotFoundError"
     assert told["truncated"][0] != "loaded" == told["truncated"][1]
     assert (told["head"], told["maps"]) == (3, 5)
+
+
+OVER_XET = """
+import json, numpy, timm, torch
+
+network = timm.create_model("hf-hub:org/net", pretrained=True)
+print(json.dumps({name: float(value.double().sum()) for name, value in network.state_dict().items()}))
+"""
+
+
+def test_weights_pushed_over_xet_load_over_xet(hub, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet = str(tmp_path / "cas")
+    shutil.copytree(finished[0], tmp_path / "run")
+    publish(tmp_path / "run", "org/net")
+    hub.index_xet(tmp_path / "run" / "hub" / "model.safetensors")
+    told = fresh(hub, tmp_path, OVER_XET, HF_HUB_DISABLE_XET="0")
+    expected = B.load(tmp_path / "run" / "hub").state_dict()
+    assert told == {name: float(value.double().sum()) for name, value in expected.items()}
+    assert any("xet-read-token" in request for request in hub.requests)
+    sent = [request for request in hub.requests if request.startswith(("PUT", "GET")) and "safetensors" in request]
+    assert not any("/lfs/" in request for request in hub.requests)
+    assert not sent
 
 
 BY_ITS_NAME = """
