@@ -7,8 +7,9 @@ import pytest
 from training import arms as A
 from training import recipe
 from training.loop import steps_of
+from training.proxies.rotation import Rotation
 
-COUNTS = A.Counts(training=1000, usable=1100, views=8)
+COUNTS = A.Counts(training=1000, usable=1100, nuisance=Rotation.nuisance)
 
 
 def method(**changes):
@@ -22,7 +23,7 @@ def method(**changes):
 def seen(made):
     """Images as the loop will count them, by its own step counts."""
     total = steps_of(made.proxy, COUNTS.training)[1] * made.proxy.batch_size if made.proxy.epochs else 0
-    views = {"nuisance": COUNTS.views, "familiar": 6, "none": 1}
+    views = {"nuisance": 8, "familiar": 6, "none": 1}
     for number in range(1, made.relearn.rounds + 1):
         total += steps_of(made.relearn, COUNTS.training)[1] * made.relearn.batch_size
         if made.clusters.source != "labels":

@@ -8,9 +8,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .clusters import averaging
+from .clusters import averaging, views_of
 from .recipe import Recipe, Schedule
-from .views import FAMILIAR
+from .views import View
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Counts:
     Attributes:
         training: images that may be drawn.
         usable: images whose features are clustered, those held out included.
-        views: the proxy's nuisance views.
+        nuisance: the proxy's nuisance views.
     """
 
     training: int
     usable: int
-    views: int
+    nuisance: tuple[View, ...]
 
 
 def images_of(schedule: Schedule, counts: Counts) -> int:
@@ -38,8 +38,7 @@ def clustering_images(recipe: Recipe, counts: Counts, number: int) -> float:
     """What the forward passes of a round's phase 2 count."""
     if recipe.clusters.source == "labels":
         return 0.0
-    views = {"nuisance": counts.views, "familiar": len(FAMILIAR), "none": 1}[averaging(recipe, number)]
-    return counts.usable * views / 3
+    return counts.usable * len(views_of(averaging(recipe, number), counts.nuisance)) / 3
 
 
 def budget(recipe: Recipe, counts: Counts) -> float:

@@ -146,8 +146,7 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
     images = setup.load_images(recipe, network, context)
     if context.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
-    views = len(proxies.find(recipe.proxy).nuisance)
-    counts = A.Counts(len(images[0].train), len(images[0].all), views)
+    counts = A.Counts(len(images[0].train), len(images[0].all), proxies.find(recipe.proxy).nuisance)
     this = Comparison(recipe, folder, grid, counts, images, context)
     context.say(f"{len(arms)} arms, seeds {seeds}, {round(A.budget(recipe, counts)):,} images each")
     for arm in arms:
