@@ -5,16 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     restricted_number_type,
 )
 from timm.data import Mixup
@@ -28,7 +26,7 @@ from .files import Refused, lock_folder, read_json, sha256_file, sha256_json, wh
 from .images import Images
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
-from .recipe import BelowOne, Data, Log, Model, Schedule, Views, check_data, check_schedule, flatten, named_folder
+from .recipe import BelowOne, Data, Model, Running, Schedule, Views, check_data, check_schedule, flatten, named_folder
 from .setup import check_fits, check_split, load_for, refuse_other
 from .task import Batch, ViewTask, accuracy
 
@@ -42,7 +40,7 @@ def photo_views() -> Views:
 
 
 @dataclass
-class Finetune(Schedule):
+class Finetune(Schedule, Running):
     """How a backbone learns labels."""
 
     data: Data = field(default_factory=Data)
@@ -73,15 +71,6 @@ class Finetune(Schedule):
     scratch: bool = False
     """Start from random weights: the same architecture, to compare with."""
     views: Views = field(default_factory=photo_views)
-    log: Log = field(default_factory=Log)
-    run: str | None = None
-    """Run folder: a path, or a name under runs/; without one the model's and the data's names."""
-    seed: NonNegativeInt = 0
-    """Seed of everything but the data's splits."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of training."""
-    checkpoint_every: PositiveInt = 500
-    """Steps between two checkpoints."""
 
 
 class Classify(ViewTask):

@@ -245,7 +245,22 @@ class Card:
 
 
 @dataclass
-class Recipe:
+class Running:
+    """What every training has beside what is trained"""
+
+    run: str | None = None
+    """Run folder: a path, or a name under runs/; without one it is named after what is run."""
+    seed: NonNegativeInt = 0
+    """Seed of everything but the data's splits."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of training; auto: bf16 where the device has units for it, else fp16 on CUDA, else fp32."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between two checkpoints."""
+    log: Log = field(default_factory=Log)
+
+
+@dataclass
+class Recipe(Running):
     """One run: phases 1 to 3, evaluation and export."""
 
     model: Model = field(default_factory=Model)
@@ -254,16 +269,7 @@ class Recipe:
     clusters: Clusters = field(default_factory=Clusters)
     relearn: Relearn = field(default_factory=Relearn)
     evaluate: Evaluate = field(default_factory=Evaluate)
-    log: Log = field(default_factory=Log)
     card: Card = field(default_factory=Card)
-    run: str | None = None
-    """Run folder: a path, or a name under runs/; without one the recipe's name."""
-    seed: NonNegativeInt = 0
-    """Seed of everything but the data's splits."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of training; auto: bf16 where the device has units for it, else fp16 on CUDA, else fp32."""
-    checkpoint_every: PositiveInt = 500
-    """Steps between two checkpoints."""
 
 
 # What each phase reads of a recipe: a field that is not here can change without the phase being done again.
