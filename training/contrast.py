@@ -58,11 +58,11 @@ def interval(differences: list[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def contrast(rows: Records, name: str, split: str, arms: list[str] | None = None) -> list[list[str]]:
+def contrast(rows: Records, name: str, split: str) -> list[list[str]]:
     """A metric's table: each arm's mean, sslpp minus the arm for every seed, and the interval of that difference."""
-    every, seeds = arms_and_seeds(rows)
+    arms, seeds = arms_and_seeds(rows)
     lines = [[METRICS[name], "mean", *(f"seed {s}" for s in seeds), "95 % interval", "differs"]]
-    for arm in arms or every:
+    for arm in arms:
         values = {seed: metric(rows, arm, seed, name, split) for seed in seeds}
         known = [v for v in values.values() if v is not None]
         if not known:
@@ -81,12 +81,12 @@ def contrast(rows: Records, name: str, split: str, arms: list[str] | None = None
     return lines
 
 
-def summary(rows: Records, split: str, arms: list[str] | None = None) -> list[list[str]]:
+def summary(rows: Records, split: str) -> list[list[str]]:
     """Every arm's means and what it cost."""
-    every, seeds = arms_and_seeds(rows)
+    arms, seeds = arms_and_seeds(rows)
     head = ["mean over seeds, %", "linear", "best stage", "last", "drop", f"kNN {KNN}", "drop", "residue"]
     lines = [[*head, "images seen", "operations", "minutes"]]
-    for arm in arms or every:
+    for arm in arms:
         cells = [arm]
         for name in (
             "linear pooled", "linear best", "linear last", "linear drop", "knn pooled", "knn drop", "residue pooled",
