@@ -114,10 +114,10 @@ def grid(rows: Records) -> list[list[str]]:
     for r in rows:
         if r.get("variant") and (r["protocol"], r["stage"], r["split"]) == ("linear", "pooled", "val"):
             tried[r["arm"], r["variant"]] = 100 * r["value"]
-    best = {arm: max(v for (a, _), v in tried.items() if a == arm) for arm, _ in tried}
+    best = {arm: max((key for key in tried if key[0] == arm), key=tried.get) for arm, _ in tried}  # of equals the first
     lines = [["linear probe, pooled, on the held-out part", "setting", "top-1 %", "chosen"]]
     for (arm, setting), value in tried.items():
-        lines.append([arm, setting, f"{value:.1f}", "yes" if value == best[arm] else ""])
+        lines.append([arm, setting, f"{value:.1f}", "yes" if (arm, setting) == best[arm] else ""])
     return lines
 
 
