@@ -92,7 +92,7 @@ def stages(path: Path, records: list[dict[str, Any]], arms: list[str], split: st
     panels = [p for p in PANELS if any(r["protocol"] == p[0] for r in records)]
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), squeeze=False)
     for axis, (protocol, k, title) in zip(axes[0], panels, strict=True):
         rows = [r for r in records if r["protocol"] == protocol and r["split"] == split]
         present = {r["settings"].get("k") for r in rows}
