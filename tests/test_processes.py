@@ -82,6 +82,7 @@ relearn.train = spy
 relearn.relearn(before, MODEL, chosen, pseudo_labels(images), [4, 2], images, KEY, context, "x")
 assert any(name.endswith("layer4.0.conv1.weight") for name in seen) and len(seen) > 60
 print("equal on rank", accelerator.process_index)
+launch.end_processes()
 """
     script = tmp_path / "ranks.py"
     script.write_text(code)
@@ -94,3 +95,14 @@ print("equal on rank", accelerator.process_index)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal on rank") == 2
+
+
+def test_a_comparison_runs_in_two_processes_and_ends_cleanly(picture_folder, tmp_path):
+    done = command(
+        "training.compare", *TINY_RUN, *PLAIN, "--proxy.epochs", "1", "--relearn.epochs", "1",
+        "--arms", '["random","proxy","sslpp"]', "--seeds", "[0]", "--grid", "[1]",
+        "--data.path", picture_folder, "--run", tmp_path / "run", launcher=TWO,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "sslpp" in done.stdout
+    assert (tmp_path / "run" / "report.md").exists()

@@ -57,10 +57,11 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     Returns:
         0; 1 for a failure; 2 for a wrong request; 128 + signal after a signal.
     """
-    from .launch import Interrupted
+    from .launch import Interrupted, end_processes
 
     try:
         command(arguments)
+        end_processes()
     except Refused as error:
         return _say(str(error), 2)
     except Failed as error:

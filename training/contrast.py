@@ -134,17 +134,14 @@ def write(folder: Path) -> str:
         "positive ones speak for SSL++, but for drop and residue, where less is better. A difference counts only if "
         "its 95 % t interval excludes 0."
     )
-    tables = [summary(shown, split), *(contrast(shown, name, split) for name in METRICS)]
-    tables = [lines for lines in tables if len(lines) > 1]
+    every = [summary(shown, split), *(contrast(shown, name, split) for name in METRICS)]
     tried = grid(rows)
-    parts = [f"# {folder.name}", intro, *map(report.as_markdown, tables)]
+    parts = [f"# {folder.name}", intro, *(report.as_markdown(lines) for lines in every if len(lines) > 1)]
     for name, caption in (("stages", "Accuracy and residue by stage"), ("operations", "Accuracy against operations")):
         if (folder / "report" / f"{name}.png").exists():
             parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")
     if len(tried) > 1:
         parts += ["## Learning rates", report.as_markdown(tried)]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
-    screen = [
-        report.as_text(lines) for lines in tables if lines[0][0] in (METRICS["linear pooled"], METRICS["knn pooled"])
-    ]
-    return "\n\n".join(["", intro, report.as_text(tables[0]), *screen, f"More, with figures: {folder / 'report.md'}"])
+    screen = [report.as_text(lines) for lines in tables(rows) if len(lines) > 1]
+    return "\n\n".join(["", intro, *screen, f"More, with figures: {folder / 'report.md'}"])

@@ -167,7 +167,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
             write_json(marker, {"read": read, "budget": context.budget})
         accelerator.wait_for_everyone()
     keeper.measure(name, settings, precision)
-    accelerator.end_training()
+    launch.end_trackers(accelerator)
     if lock:
         lock.close()
     return folder

@@ -132,3 +132,15 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
             torch.set_num_threads(max(1, cores() // local))
     return accelerator
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """End a training's trackers, not the group of processes, which the next training of a comparison needs."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def end_processes() -> None:
+    """Part from the other processes, if there are any: at the interpreter's exit, threads of Gloo's would abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from . import backbone as B
 from . import clusters, images, proxies, records, relearn
 from .files import Refused, lock_folder, read_json, write_json, write_text
 from .images import Images
-from .launch import Key, StopSignals, resolve_precision, seed_all, start
+from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
 from .recipe import READS, Data, Recipe, Schedule, phase_fields, to_yaml
 from .task import BackboneTask
@@ -61,7 +61,7 @@ class Run:
 
     def close(self) -> None:
         """End the trackers and let the run folder go."""
-        self.accelerator.end_training()
+        end_trackers(self.accelerator)
         if self.lock:
             self.lock.close()
 
