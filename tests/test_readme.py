@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import timm
 
 from tests.conftest import ROOT
 from training import readme, records
@@ -19,6 +20,15 @@ def test_a_table_that_is_out_of_date_is_made_anew():
     stale = re.sub(r"(\| sslpp \| )\d", r"\g<1>9", TEXT)
     assert stale != TEXT
     assert readme.fill(stale, ROOT / "hub_configs") == TEXT
+
+
+@pytest.mark.parametrize("name", timm.list_pretrained("sslpp_*"))
+def test_the_cards_of_the_shipped_backbones_are_those_of_their_records(name):
+    folder = ROOT / "hub_configs" / name
+    text = (folder / "CARD.md").read_text(encoding="utf-8")
+    assert text == readme.shipped_card(folder)
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (folder / picture).exists(), picture
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"-m (training[.\w]*)", TEXT))))

@@ -15,11 +15,11 @@ REPOSITORY = "ORG/NAME"  # stands in the card for the repository, which push fil
 TAGS = ["timm", "transformers", "image-feature-extraction", "self-supervised-learning", "sslpp"]
 
 
-def write(folder: Path, name: str, records: report.Records, compared: report.Records, recipe: Recipe, arm: str) -> None:
-    """Write README.md into a folder whose figures are in report/.
+def page(folder: Path, name: str, records: report.Records, compared: report.Records, recipe: Recipe, arm: str) -> str:
+    """The whole card.
 
     Args:
-        folder: that gets it.
+        folder: where it is to stand, with figures in report/.
         name: of the model.
         records: of the run.
         compared: of the comparison that the run is an arm of; none without one.
@@ -46,7 +46,7 @@ def write(folder: Path, name: str, records: report.Records, compared: report.Rec
         f"With `--data.path` and `--run` of your own it runs as it is:\n\n```yaml\n{portable(recipe)}```",
         CITATION,
     ]
-    (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def portable(recipe: Recipe) -> str:

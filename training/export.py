@@ -8,7 +8,7 @@ import torch
 
 from . import backbone as B
 from . import card
-from .files import Failed, whole_folder
+from .files import Failed, whole_folder, write_text
 from .images import Images
 from .recipe import Recipe
 from .records import read
@@ -43,7 +43,7 @@ def export(
         if comparison and (comparison / "report" / "stages.png").exists():
             shutil.copy(comparison / "report" / "stages.png", beside / "report" / "arms.png")
         compared = read(comparison / "records.jsonl") if comparison else []
-        card.write(beside, (comparison or folder).name, records, compared, recipe, arm)
+        write_text(beside / "README.md", card.page(beside, (comparison or folder).name, records, compared, recipe, arm))
     check(hub, source, images)
     return hub
 

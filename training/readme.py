@@ -1,6 +1,6 @@
-"""python -m training.readme: write the README's tables anew from the committed records.
+"""python -m training.readme: write the README's tables and the shipped backbones' cards anew from committed records.
 
-They stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. A ``run`` or ``comparison`` is made from
+Tables stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. A ``run`` or ``comparison`` is made from
 ``hub_configs/RECIPE/records.jsonl``, ``finetune`` from ``finetune.jsonl`` beside it.
 """
 
@@ -8,7 +8,11 @@ import re
 import statistics
 from pathlib import Path
 
-from . import contrast, records, report
+import timm
+
+import sslpp_models  # noqa: F401  registers the backbones
+
+from . import card, contrast, recipe, records, report
 from .command import short_name
 from .files import write_text
 
@@ -64,6 +68,15 @@ def fill(text: str, configs: Path) -> str:
     return re.sub(rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def shipped_card(folder: Path) -> str:
+    """The card of a backbone that the package ships, from its recipe folder; push fills the repository in."""
+    made = recipe.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "DATA"])
+    return card.page(folder, folder.name, records.read(folder / "records.jsonl"), [], made, "sslpp")
+
+
 if __name__ == "__main__":
+    configs = ROOT / "hub_configs"
     path = ROOT / "README.md"
-    write_text(path, fill(path.read_text(encoding="utf-8"), ROOT / "hub_configs"))
+    write_text(path, fill(path.read_text(encoding="utf-8"), configs))
+    for name in timm.list_pretrained("sslpp_*"):
+        write_text(configs / name / "CARD.md", shipped_card(configs / name))
