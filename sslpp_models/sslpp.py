@@ -10,6 +10,7 @@ from safetensors import safe_open
 from timm.models import (
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
     model_entrypoint,
     register_model,
     resolve_pretrained_cfg,
@@ -115,7 +116,7 @@ def _check_covered(network: nn.Module, name: str, cfg: dict[str, Any]) -> None:
     Raises:
         weights.WeightsError: naming one of them.
     """
-    head = cfg["classifier"].split(".")[0]  # with what a keyword such as head_hidden_size adds to it
+    head = get_pretrained_cfg(name).classifier.split(".")[0]  # with what a keyword such as head_hidden_size adds to it
     with safe_open(cfg["file"], framework="pt") as file:
         missing = network.state_dict().keys() - set(file.keys())
     missing = sorted(key for key in missing if not key.startswith(f"{head}."))

@@ -36,7 +36,7 @@ class Repo:
 @dataclass
 class Fault:
     """What goes wrong with requests that match: a status, or "drop" (no answer), "lose" (done, but no answer),
-    "short" (half of the body), "flip" (one wrong byte)."""
+    "gone" (the same, and no answer to anything after it), "short" (half of the body), "flip" (one wrong byte)."""
 
     match: str
     action: str | int
@@ -123,8 +123,10 @@ class Handler(BaseHTTPRequestHandler):
                 return self.refuse(fault.action, message="injected fault")
             if fault.action == "drop":
                 return self.hang_up()
-            if fault.action == "lose":
+            if fault.action in ("lose", "gone"):
                 self.lose = True
+                if fault.action == "gone":
+                    self.hub.faults.insert(0, Fault("", "drop", 1000))
             else:
                 self.flaw = fault.action
         if not self.identify():

@@ -91,3 +91,9 @@ def test_variants_of_the_proxy_take_phase_3s_views_and_head():
     assert set(changed("proxy", variant="strong views")) == {"proxy.epochs", "relearn.rounds", "proxy.views"}
     assert set(changed("proxy", variant="mlp")) == {"proxy.epochs", "relearn.rounds", "proxy.mlp_layers", "proxy.ema"}
     assert set(A.PROXY_VARIANTS) == {"strong views", "mlp", "strong views, mlp"}
+
+
+def test_random_is_untrained_even_where_the_others_start_from_weights():
+    base = method(model__pretrained="true", proxy__epochs="0")
+    assert not A.build("random", base, COUNTS).model.pretrained
+    assert A.build("sslpp", base, COUNTS).model.pretrained

@@ -85,10 +85,18 @@ def test_licence_data_set_and_words_come_from_the_recipe(picture_folder, tmp_pat
     assert '"license": "other"' in (run / "hub" / "config.json").read_text()
 
 
+def test_a_data_sets_name_may_hold_the_sign_before_its_fingerprint():
+    row = {"stage": 1, "protocol": "linear", "settings": {}, "split": "test", "metric": "top1", "seed": 0, "value": 0.5}
+    found = card.result({**row, "data": "photos@home@0123"}, None)
+    assert (found.dataset_name, found.dataset_args) == ("photos@home", {"fingerprint": "0123"})
+
+
 def test_it_says_what_the_model_started_from():
     base = ["--data.path", "/home/me/photos", "--run", "x"]
-    own = card.what(recipe.parse([*base, "--model.name", "local-dir:/home/me/runs/a/hub"]), [], "sslpp")
-    assert "/home/me" not in own
+    made = recipe.parse([*base, "--model.name", "local-dir:/home/me/runs/a/hub"])
+    own = card.what(made, [], "sslpp")
+    assert "/home/me" not in own + card.portable(made)
+    assert "name: local-dir:FOLDER" in card.portable(made)
     assert "from random weights, by rotation prediction, without labels, then from clusters" in own
     lent = card.what(recipe.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
     assert "from the weights of resnet50, whatever these were trained on, then from clusters" in lent

@@ -1,6 +1,7 @@
 """The real comparison on tiny data: killed and resumed, added to, its budgets and tables."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,3 +154,15 @@ def test_what_is_wrong_is_refused(picture_folder, tmp_path, arguments, named):
     assert done.returncode == 2
     assert named in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_an_arm_that_cannot_be_run_is_refused_before_any_other(picture_folder, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for number, path in enumerate(sorted((picture_folder / "train").rglob("*.png"))):
+        shutil.copy(path, plain / f"{number}.png")
+    arms = ["--arms", '["random","supervised"]']
+    done = call(compare.main, *TINY, *arms, "--data.path", plain, "--run", tmp_path / "x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "arm supervised: clusters.source" in done.stderr
+    assert not list(tmp_path.glob("x/seed_*"))

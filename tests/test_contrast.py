@@ -63,3 +63,18 @@ def test_what_the_grid_tried_is_no_result():
     every = rows() + tried
     assert contrast.final(every) == rows()
     assert contrast.grid(every)[1:] == lines
+
+
+def test_of_an_arm_the_last_round_counts():
+    first = [{**r, "round": 1, "value": 0.1, "images_seen": 1} for r in rows() if r["arm"] == "sslpp"]
+    last = [{**r, "round": 2} if r["arm"] == "sslpp" else r for r in rows()]
+    assert contrast.final(last + first) == last
+
+
+def test_a_test_split_without_labels_hides_nothing():
+    known = [{**r, "split": "val"} for r in rows()]
+    turned = [{**r, "protocol": "residue", "split": "test"} for r in rows() if r["protocol"] == "linear"]
+    assert contrast.split_of(known + turned) == "val"
+    assert contrast.split_of(turned) == "test"
+    summary, linear, _ = contrast.tables(known + turned)
+    assert [line[1] for line in summary[1:]] == [line[1] for line in linear[1:]] == ["62.0", "60.0", "30.0"]

@@ -1,6 +1,8 @@
 """Fine-tuning: the real command on tiny data, its loss, what is trained when, and what is refused."""
 
+import json
 import math
+import shutil
 
 import datasets
 import pytest
@@ -102,6 +104,23 @@ def test_an_interrupted_run_ends_in_the_same_weights(finished, backbone, picture
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_classifier_keeps_the_licence_of_its_backbone(backbone, picture_folder, tmp_path):
+    config = {**read_json(backbone / "config.json")}
+    config["pretrained_cfg"]["license"] = "other"
+    shutil.copytree(backbone, tmp_path / "research")
+    (tmp_path / "research" / "config.json").write_text(json.dumps(config))
+    options = [*TINY, "--epochs", "1", "--data.path", picture_folder]
+    for name, more, licence in (("tuned", [], "other"), ("scratch", ["--scratch", "true"], None)):
+        done = call(T.main, tmp_path / "research", *options, *more, "--run", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert read_json(tmp_path / name / "last" / "config.json")["pretrained_cfg"].get("license") == licence
+
+
+def test_every_classifier_of_a_network_is_its_head():
+    network = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=24, num_heads=2, num_classes=3)
+    assert T.head_names(network) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
 @pytest.mark.parametrize(("mixing", "smoothing"), [({}, 0.0), ({}, 0.2), ({"mixup": 0.4}, 0.1)])
 def test_the_loss_is_the_cross_entropy(tiny, context, mixing, smoothing):
     task = classify(tiny, label_smoothing=smoothing, **mixing).eval()
@@ -192,7 +211,7 @@ def parquet(folder, labels, test=None):
         ([None] * 12, None, "labels of the train split are missing (all of 12)"),
         (["a", "b", None] * 4, None, "labels of the train split are missing (4 of 12)"),
         (["a", "b"] * 6, ["a", "c"], "'c' is not among the training split's classes"),
-        (["a", "b"] * 6, [None, None], "labels of the test split are missing"),
+        (["a", "b"] * 6, [None, None], "data.test_split: labels of the test split are missing"),
     ],
 )
 def test_labels_that_are_missing_or_do_not_match_are_refused(backbone, tmp_path, labels, test, said):

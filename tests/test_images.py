@@ -11,6 +11,7 @@ from PIL import Image
 from tests.conftest import write_png
 from training import images as I
 from training.files import Failed, Refused
+from training.launch import Interrupted
 from training.recipe import Data
 
 
@@ -145,6 +146,28 @@ def test_a_mapped_file_holds_what_memory_would(folder):
         assert torch.equal(found.pixels, in_memory.pixels)
         assert torch.equal(found.sides, in_memory.sides)
         assert (found.fingerprint, found.mean, found.std) == (in_memory.fingerprint, in_memory.mean, in_memory.std)
+
+
+def test_a_mapped_file_of_other_images_is_made_anew(folder):
+    load(folder, memory_gb=0.0)
+    write_png(folder / "data" / "a" / "01.png", np.full((14, 14, 3), 11))
+    found, expected = load(folder, memory_gb=0.0), load(folder)
+    assert torch.equal(found.pixels, expected.pixels)
+    assert (found.fingerprint, found.mean, found.std) == (expected.fingerprint, expected.mean, expected.std)
+
+
+def test_of_several_processes_one_lists_bad_images(folder):
+    I.load(Data(path=str(folder / "data"), size=12, max_bad_fraction=0.5), "train", folder / "run", listing=False)
+    assert not (folder / "run" / "bad_images.txt").exists()
+
+
+def test_a_signal_while_data_are_read_is_no_fault_of_theirs(folder, monkeypatch):
+    def stopped(*arguments, **options):
+        raise Interrupted(15)
+
+    monkeypatch.setattr(datasets, "load_dataset", stopped)
+    with pytest.raises(Interrupted):
+        load(folder)
 
 
 def test_the_fingerprint_is_of_paths_and_bytes(folder):

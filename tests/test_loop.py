@@ -110,6 +110,47 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(context, tmp_pa
     assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in lines]
 
 
+def test_a_signal_after_the_last_step_stops_what_would_come_next(context, tmp_path):
+    def stopped(step, total):
+        context.stop.number = 15 if step == total else None
+
+    images, settings = make_images(), Schedule(epochs=1, batch_size=8, lr=0.1)
+    with pytest.raises(Interrupted):
+        loop.train(make(), images, images.train, settings, KEY, context, "x", epoch_end=stopped)
+    context.stop.number = None
+    assert context.checkpoints.load("proxy_0", "x").step == 4
+
+
+def test_the_scale_of_half_precision_goes_on_where_it_was(context, tmp_path):
+    def scaled():
+        context.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=5)
+        return make()
+
+    try:
+        whole = run(scaled(), context)
+        grown = context.accelerator.scaler.state_dict()
+        assert grown["scale"] == 16.0
+        context.folder, task = elsewhere(tmp_path), scaled()
+        task.after = lambda step: setattr(context.stop, "number", 15) if step == 7 else None
+        with pytest.raises(Interrupted):
+            run(task, context)
+        context.stop.number = None
+        assert same(whole, run(scaled(), context))
+        assert context.accelerator.scaler.state_dict() == grown
+    finally:
+        context.accelerator.scaler = None
+
+
+def test_a_tracker_gets_steps_that_rise_through_the_phases(context, monkeypatch):
+    told = []
+    monkeypatch.setattr(context.accelerator, "log", lambda values, step: told.append((step, values)))
+    run(make(), context, epochs=1)
+    images, settings = make_images(), Schedule(epochs=1, batch_size=8, lr=0.1)
+    loop.train(make(), images, images.train, settings, Key(0, "relearn", 1), context, "x")
+    assert [step for step, _ in told] == list(range(1, 9))
+    assert told[0][1]["proxy_0/step"] == told[4][1]["relearn_1/step"] == 1
+
+
 def test_metrics_past_the_checkpoint_are_cut_back(context):
     context.checkpoint_every = 5
     task = make(spoil_at=8)

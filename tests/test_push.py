@@ -125,6 +125,38 @@ def test_a_pull_request_by_a_reader_is_made_once(hub, run, monkeypatch):
     assert len(hub.repos["org/net"].titles) == 1
 
 
+def test_a_pull_request_of_what_is_there_already_is_not_made(hub, run):
+    call(push.main, run, "org/net")
+    done = call(push.main, run, "org/net", "--create-pr")
+    assert (done.returncode, "nothing was sent" in done.stdout) == (0, True)
+    assert hub.repos["org/net"].titles == []
+
+
+def test_a_first_push_that_breaks_off_tells_of_the_empty_repository(hub, run):
+    hub.fault("PUT /lfs", 403, 99)
+    done = call(push.main, run, "org/net")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "Nothing was published" in done.stderr
+    assert "org/net was made, and is empty" in done.stderr
+    assert on_hub(hub) == {}
+    hub.faults.clear()
+    assert call(push.main, run, "org/net").returncode == 0
+    assert on_hub(hub) == sent(run)
+
+
+@pytest.mark.parametrize("options", [[], ["--create-pr"]])
+def test_a_hub_that_is_gone_for_good_after_a_commit_leaves_open_what_it_did(hub, run, options):
+    call(push.main, run, "org/net")
+    (run / "hub" / "README.md").write_text("new card")
+    hub.fault("/commit/", "gone")
+    done = call(push.main, run, "org/net", *options)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "does not tell whether org/net was changed" in done.stderr
+    assert on_hub(hub, "refs/pr/1" if options else "main")["README.md"] == b"new card"
+    hub.faults.clear()
+    assert "nothing was sent" in call(push.main, run, "org/net", *options).stdout
+
+
 FAILURES = {
     "no token": (None, [], "There is no token"),
     "wrong token": ("of-nobody-known", [], "does not know your token"),

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from tests.conftest import ROOT, TINY_RUN, call
 from training import embed, recipe, records
+from training import run as R
 from training.__main__ import main
 from training.evaluate import __main__ as evaluate
 from training.files import read_json, read_lines, sha256_file
@@ -273,3 +275,24 @@ def test_evaluate_finds_the_figures_of_the_run_again(finished, picture_folder, t
     assert done.stdout.count("hub") == 4
     refused = call(evaluate.main, folder / "hub", *options, "--residue", "none")
     assert (refused.returncode, "there is no task 'none'" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_processes_meet_as_often_however_late_they_look_for_a_shared_phase(late, tmp_path, monkeypatch):
+    shared, marker, read = tmp_path / "shared", tmp_path / "proxy" / "proxy.json", {"a": 1}
+    lent = R.lending(SimpleNamespace(shared=shared), marker, read)
+    met = []
+
+    def main_process():
+        for folder in (lent, *([marker.parent] if late or met else [])):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "proxy.json").write_text('{"read": {"a": 1}}')
+
+    def wait():
+        met.append(1)
+        main_process()
+
+    main_process()
+    this = SimpleNamespace(shared=shared, main=False, accelerator=SimpleNamespace(wait_for_everyone=wait))
+    assert R.done(this, marker, read)
+    assert len(met) == 2

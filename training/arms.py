@@ -55,7 +55,7 @@ def lengthen(schedule: Schedule, images: float, counts: Counts) -> None:
 
 def random(recipe: Recipe, counts: Counts) -> None:
     """The untrained network, its batch norms' statistics estimated."""
-    recipe.proxy.epochs, recipe.relearn.rounds = 0.0, 0
+    recipe.model.pretrained, recipe.proxy.epochs, recipe.relearn.rounds = False, 0.0, 0
 
 
 def proxy_short(recipe: Recipe, counts: Counts) -> None:

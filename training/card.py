@@ -53,6 +53,8 @@ def portable(recipe: Recipe) -> str:
     """The recipe without the places of one machine."""
     here = copy.deepcopy(recipe)
     here.data.path = here.run = here.card.about = None
+    if here.model.name.startswith("local-dir:"):
+        here.model.name = "local-dir:FOLDER"
     return to_yaml(here)
 
 
@@ -73,7 +75,7 @@ def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
 
 def result(record: dict[str, Any], dataset: str | None) -> EvalResult:
     """A record as huggingface_hub knows it; its protocol, layer and settings are arguments of the metric."""
-    source, fingerprint = record["data"].split("@")
+    source, fingerprint = record["data"].rsplit("@", 1)
     layer = record["stage"] if record["stage"] == "pooled" else f"stage {record['stage']}"
     told = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if key == "k")
     classifies = record["metric"] == "top1"

@@ -225,15 +225,21 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
     for split, images in splits.items():
         unknown = "all" if images.labels is None else int((images.labels[images.all] < 0).sum())
         if unknown:
-            raise Refused(
-                f"data.label_column: labels of the {split} split are missing ({unknown} of {len(images.all)})."
-            )
+            field = "data.test_split" if images is test else "data.label_column"
+            raise Refused(f"{field}: labels of the {split} split are missing ({unknown} of {len(images.all)}).")
     chosen = torch.randperm(len(train.train), generator=torch.Generator().manual_seed(settings.data.split_seed))
     shuffled, indices = train.train[chosen], []
     for label in range(len(train.label_names)):
         members = shuffled[train.labels[shuffled] == label]
         indices.append(members[: max(1, round(settings.labels * len(members)))])
     return splits, torch.cat(indices).sort().values
+
+
+def head_names(network: nn.Module) -> set[str]:
+    """Names of the classifier's parameters; some networks have two."""
+    heads = network.get_classifier()
+    ids = {id(module) for module in (heads if isinstance(heads, tuple | list) else [heads])}
+    return {f"{n}.{p}" for n, m in network.named_modules() if id(m) in ids for p, _ in m.named_parameters()}
 
 
 def fit(
@@ -250,13 +256,10 @@ def fit(
     """Train the head, then all that is not frozen; `keeper` looks at the classifier after each epoch."""
     _, total = steps_of(settings, len(indices))
     names = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
-    head = {
-        f"{n}.{p}" for n, m in network.named_modules() if m is network.get_classifier() for p, _ in m.named_parameters()
-    }
     alone = round(settings.head_first * total)
     task = Classify(network, settings, images, average_from=alone)
     keeper.task = task
-    for still, first, last in ((names - head, 0, alone), (frozen, alone, total)):
+    for still, first, last in ((names - head_names(network), 0, alone), (frozen, alone, total)):
         task.hold(still)
         train(task, images, indices, settings, key, context, fingerprint, first, last, keeper.look)
 
@@ -297,7 +300,8 @@ class Keeper:
         """Write a classifier's folder."""
         train = self.splits["train"]
         with whole_folder(self.context.folder / name) as beside:
-            B.save(network, beside, train, tag="finetuned", label_names=train.label_names)
+            licence = "" if self.settings.scratch else network.pretrained_cfg.get("license") or ""
+            B.save(network, beside, train, tag="finetuned", license=licence, label_names=train.label_names)
             write_json(beside / "finetune.json", {"step": step, "val_top1": top1})
 
     def measure(self, model: str, settings: Finetune, precision: str) -> None:

@@ -83,7 +83,9 @@ class Images:
         return len(self.paths)
 
 
-def load(data: Data, split: str, folder: Path, like: Images | None = None, in_file: bool = False) -> Images:
+def load(
+    data: Data, split: str, folder: Path, like: Images | None = None, in_file: bool = False, listing: bool = True
+) -> Images:
     """Read and decode a split.
 
     Args:
@@ -92,6 +94,7 @@ def load(data: Data, split: str, folder: Path, like: Images | None = None, in_fi
         folder: run folder, which gets ``bad_images.txt`` and, where memory is short, ``images/SPLIT.u8``.
         like: the training split, whose statistics, crop and class names a test split shares.
         in_file: keep pixels in the file whatever their size, so that the processes of a machine share them.
+        listing: write ``bad_images.txt``; of several processes one does.
 
     Raises:
         Refused: the data cannot be read, or has no usable image.
@@ -104,7 +107,7 @@ def load(data: Data, split: str, folder: Path, like: Images | None = None, in_fi
         rows = rows.select(np.sort(chosen))
     labels, names = _labels(rows, data, like.label_names if like else None)
     pixels, moments, paths, fingerprint, bad = _decode_all(rows, column, data, split, folder, in_file)
-    if like is None:
+    if like is None and listing:
         write_text(folder / "bad_images.txt", "".join(f"{line}\n" for line in bad))
     if len(bad) == len(rows):
         raise Refused(f"data.path: no image of split {split!r} in {data.path} can be decoded ({len(bad)} tried).")
@@ -206,7 +209,7 @@ def _image_column(rows: datasets.Dataset, data: Data) -> str:
 
 
 def _labels(rows: datasets.Dataset, data: Data, names: list[str] | None) -> tuple[Tensor | None, list[str] | None]:
-    """Labels as class numbers, and the classes' names; (None, None) where there are fewer than two classes."""
+    """Labels as class numbers, and the classes' names, `names` if given; (None, None) without two classes to tell."""
     column = data.label_column
     if column and column not in rows.features:
         raise Refused(f"data.label_column: there is no column {column!r}; there are {', '.join(rows.features)}.")
@@ -223,7 +226,9 @@ def _labels(rows: datasets.Dataset, data: Data, names: list[str] | None) -> tupl
     seen = {v for v in values if v is not None}
     if names is None:
         names = given or sorted(seen, key=lambda v: (len(v), v) if v.isdecimal() else (1 << 20, v))
-    if len(seen) < 2 or len(names) < 2:
+        if len(seen) < 2 or len(names) < 2:
+            return None, None
+    if not seen:
         return None, None
     unknown = seen - set(names)
     if unknown:
@@ -291,7 +296,7 @@ def _decode_all(
     slot = round(MARGIN * data.size)
     shape = (len(rows), 3, slot, slot)
     limit = psutil.virtual_memory().available / 2 if data.memory_gb is None else data.memory_gb * 1e9
-    file, done = folder / "images" / f"{split}.u8", folder / "images" / f"{split}.npy"
+    file, done = folder / "images" / f"{split}.u8", folder / "images" / f"{split}.npz"
     in_file = in_file or np.prod(shape) > limit
     decoded = in_file and done.exists() and file.exists() and file.stat().st_size == np.prod(shape)
     if in_file:
@@ -299,7 +304,10 @@ def _decode_all(
         pixels = np.memmap(file, np.uint8, "r" if decoded else "w+", shape=shape)
     else:
         pixels = np.zeros(shape, np.uint8)
-    moments = np.load(done) if decoded else np.zeros((len(rows), 7))
+    moments, known = np.zeros((len(rows), 7)), ""
+    if decoded:
+        with np.load(done) as saved:
+            moments, known = saved["moments"], str(saved["fingerprint"])
 
     def one(position: int, row: Any) -> tuple[str, int, str, str]:
         path, content, reason = _raw(row, position, Path(data.path).expanduser().resolve())
@@ -329,12 +337,16 @@ def _decode_all(
                     bad.append(f"{len(paths)}\t{path}\t{reason}")
                 paths.append(path)
                 seen.update(f"{path}\0{length}\0{digest}\n".encode())
+    fingerprint = seen.hexdigest()
+    if decoded and fingerprint != known:  # the file holds what other images once were
+        done.unlink()
+        return _decode_all(rows, column, data, split, folder, in_file)
     if in_file and not decoded:
         pixels.flush()
         with whole_file(done) as beside:
-            np.save(beside, moments)
+            np.savez(beside, moments=moments, fingerprint=fingerprint)
     largest = max(1, int(moments[:, 0].max()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a read-only map is fine: nothing writes to pixels
         stored = torch.from_numpy(pixels)[:, :, :largest, :largest]
-    return stored, moments, paths, seen.hexdigest(), bad
+    return stored, moments, paths, fingerprint, bad

@@ -80,8 +80,13 @@ def _run(rows: Tensor, k: int, seed: int, iterations: int, accelerator: Accelera
             sums[empty], repaired = worst, repaired + 1
         centroids = torch.nn.functional.normalize(sums, dim=1)
     _, distances = assign(rows, centroids)
-    inertia = accelerator.reduce(distances.double().sum().float().view(1), "sum").item() / total
+    inertia = accelerator.reduce(_total(distances), "sum").item() / total
     return Clustering(centroids, inertia, repaired, done)
+
+
+def _total(values: Tensor) -> Tensor:
+    """The sum [1], added up in float64 on the CPU: some devices have none."""
+    return values.cpu().double().sum().float().view(1).to(values.device)
 
 
 def _take(rows: Tensor, scores: Tensor, local: Tensor | None, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
@@ -104,14 +109,14 @@ def _seed(rows: Tensor, k: int, generator: torch.Generator, accelerator: Acceler
     weights = torch.ones(len(rows), device=rows.device)
     centroids = torch.empty(k, rows.shape[1], device=rows.device)
     for number in range(k):
-        shares = accelerator.gather(weights.double().sum().float().view(1)).double().cpu()
+        shares = accelerator.gather(_total(weights)).cpu().double()
         place = torch.rand(1, generator=generator, dtype=torch.float64) * shares.sum()
         ends = shares.cumsum(0)
         owner = min(int(torch.searchsorted(ends, place, right=True)), len(ends) - 1)
         row = torch.zeros(rows.shape[1], device=rows.device)
         if owner == accelerator.process_index:
             inside = float(place - (ends[owner] - shares[owner]))
-            index = torch.searchsorted(weights.double().cumsum(0).cpu(), inside, right=True)
+            index = torch.searchsorted(weights.cpu().double().cumsum(0), inside, right=True)
             row = rows[min(int(index), len(rows) - 1)].clone()
         centroids[number] = accelerator.reduce(row, "sum")
         distance = (1 - rows @ centroids[number]).clamp(0, 2)

@@ -18,8 +18,11 @@ from .files import Refused, sha256_json
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
 
 
-class Interrupted(Exception):
-    """A signal asked the run to end; what was to be kept is on disk. Exit status 128 + signal."""
+class Interrupted(BaseException):
+    """A signal asked the run to end; what was to be kept is on disk. Exit status 128 + signal.
+
+    No Exception, as KeyboardInterrupt is none: whoever catches those of a library does not mean this one.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
@@ -122,7 +125,7 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
     if world > 1 and accelerator.num_processes == 1:
         raise Refused(
             f"{world} processes were launched but each believes to be alone; start them with "
-            f"`accelerate launch --cpu --num_processes {world} -m training` or torchrun."
+            f"`torchrun --nproc_per_node {world} -m -- training`."
         )
     if accelerator.device.type == "cpu":
         # Launchers leave one thread to each process where the user said nothing; a number of the user's own is kept.

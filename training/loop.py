@@ -222,6 +222,8 @@ def train(
         saved.load_task(task)
         if step > first:
             saved.load_optimizer(optimizer)
+            if accelerator.scaler:
+                accelerator.scaler.load_state_dict(saved.state["scaler"])
     model, optimizer = accelerator.prepare(task, optimizer)
     # 2. schedule and log
     warmup = min(round(schedule.warmup * epoch_steps), total // 10)
@@ -269,6 +271,8 @@ def train(
         bar.close()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
+    if _agreed(context, True):  # since the last step looked
+        raise Interrupted(context.stop.number or signal.SIGTERM)
 
 
 def take_step(
@@ -305,6 +309,8 @@ def save_checkpoint(
         raise Failed(f"a weight is not finite after step {step}")
     if context.main:
         state = {"step": step, "budget": context.budget, "fingerprint": fingerprint}
+        if context.accelerator.scaler:  # of fp16
+            state["scaler"] = context.accelerator.scaler.state_dict()
         context.checkpoints.save(key.name, task, optimizer, state)
     context.accelerator.wait_for_everyone()
 
@@ -335,11 +341,14 @@ def _bar(context: Context, key: Key, step: int, total: int) -> tqdm:
 
 
 def _agreed(context: Context, look: bool) -> bool:
-    """Whether to stop: one process asks its own flag at each step, several agree when they meet anyway."""
+    """Whether to stop: one process asks its own flag at each step, several agree when they meet anyway.
+
+    On the CPU that is at each step, which may take long there, while a launcher's patience is 30 seconds.
+    """
     accelerator = context.accelerator
     if accelerator.num_processes == 1:
         return context.stop.requested()
-    if not look:
+    if not look and accelerator.device.type != "cpu":
         return False
     asked = torch.tensor([float(context.stop.requested())], device=accelerator.device)
     return bool(accelerator.reduce(asked, "sum").item() > 0)
@@ -350,9 +359,13 @@ class Log:
 
     def __init__(self, context: Context, key: Key, step: int) -> None:
         self.context, self.key, self.path = context, key, context.folder / "metrics.jsonl"
+        self.before = 0  # steps of other phases: trackers want steps that rise
         if context.main:
             rows = read_lines(self.path)
             here = (key.phase, key.round)
+            self.before = sum(
+                {(r["phase"], r["round"]): r["step"] for r in rows if (r["phase"], r["round"]) != here}.values()
+            )
             kept = [r for r in rows if (r["phase"], r["round"]) != here or r["step"] <= step]
             if len(kept) < len(rows) or (self.path.exists() and not self.path.read_bytes().endswith(b"\n")):
                 write_lines(self.path, kept)
@@ -363,4 +376,5 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         prefix = f"{self.key.name}/"
-        self.context.accelerator.log({prefix + name: value for name, value in row.items() if name != "phase"})
+        told = {prefix + name: value for name, value in row.items() if name != "phase"}
+        self.context.accelerator.log(told, step=self.before + step)

@@ -70,7 +70,7 @@ def collect(run: Path, repo: str) -> Files:
     folder = run / "hub" if (run / "hub").is_dir() else run
     for name in NEEDED:
         if not (folder / name).is_file():
-            raise Refused(f"{folder} has no {name}; a run that python -m training has finished has.")
+            raise Refused(f"{folder} has no {name}; what python -m training leaves in hub/ has.")
     if "architecture" not in read_json(folder / "config.json"):
         raise Refused(f"{folder / 'config.json'} names no architecture, so that timm could not load it.")
     pictures = sorted((folder / "report").glob("*.png"))
@@ -87,7 +87,7 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
     Raises:
         Failed: in one sentence, without the token.
     """
-    api = HfApi()
+    api, made = HfApi(), False
     try:
         name = api.whoami()["name"]
         # No permission check: with exist_ok it also succeeds for what may not be written. The commit will tell.
@@ -97,10 +97,11 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
                     f"{repo} is not there, and so has no branch {revision!r}; push it without --revision first."
                 )
             api.create_repo(repo, private=private, exist_ok=True)
+            made = True
         info = api.model_info(repo)
         if private and not info.private:
             raise Refused(f"{repo} is public; make it private in its settings, or choose another name.")
-        if not create_pr and same(api, repo, revision, files):
+        if same(api, repo, revision, files):
             return f"{repo} has these files already; nothing was sent."
         there = {s.rfilename for s in api.model_info(repo, revision=revision).siblings or []}
         stale = [f for f in there if f.startswith("report/") and f not in files]
@@ -112,13 +113,20 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
             done = api.create_commit(repo, operations, commit_message=TITLE, revision=revision, create_pr=create_pr)
         except Exception:
             # The answer may be lost although the commit was made: what the repository holds decides.
-            if (create_pr and (found := open_request(api, repo, files))) or same(api, repo, revision, files):
-                return f"sent to {found if create_pr else f'{api.endpoint}/{repo}'} (its answer was lost on the way)."
+            try:
+                there = open_request(api, repo, files) if create_pr else same(api, repo, revision, files)
+            except Exception:
+                raise Failed(
+                    f"The Hub broke off, and does not tell whether {repo} was changed; the same command finds out, and "
+                    "finishes."
+                ) from None
+            if there:
+                return f"sent to {there if create_pr else f'{api.endpoint}/{repo}'} (its answer was lost on the way)."
             raise
-    except Refused:
+    except (Refused, Failed):
         raise
     except Exception as error:  # the Hub's clients raise errors of four libraries and of Python's own
-        raise Failed(explain(error, repo, revision)) from None
+        raise Failed(explain(error, repo, revision) + f" {repo} was made, and is empty." * made) from None
     url = done.pr_url if create_pr else f"{api.endpoint}/{repo}"
     return f'sent to {url} as {name}; load it with timm.create_model("hf-hub:{repo}", pretrained=True)'
 

@@ -71,7 +71,8 @@ def fill(text: str, configs: Path) -> str:
 def shipped_card(folder: Path) -> str:
     """The card of a backbone that the package ships, from its recipe folder; push fills the repository in."""
     made = recipe.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "DATA"])
-    return card.page(folder, folder.name, records.read(folder / "records.jsonl"), [], made, "sslpp")
+    own, compared = (records.read(at / "records.jsonl") for at in (folder, folder.with_name(f"{folder.name}_20k")))
+    return card.page(folder, folder.name, own, compared, made, "sslpp")
 
 
 if __name__ == "__main__":

@@ -91,17 +91,18 @@ def done(this: Run, marker: Path, read: dict[str, Any]) -> bool:
         Refused: it was finished from others.
     """
     lent = lending(this, marker, read)
-    if not marker.exists() and lent and (lent / marker.name).exists():
-        if this.main:
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            for file in sorted(lent.iterdir(), key=lambda file: file.name == marker.name):
-                with whole_file(marker.parent / file.name) as beside:
-                    shutil.copy(file, beside)
-        this.accelerator.wait_for_everyone()
-    if not marker.exists():
-        return False
-    refuse_other(marker, read)
-    return True
+    ours = marker.exists()
+    theirs = not ours and lent is not None and (lent / marker.name).exists()
+    this.accelerator.wait_for_everyone()  # every process has looked before the main one writes
+    if theirs and this.main:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        for file in sorted(lent.iterdir(), key=lambda file: file.name == marker.name):
+            with whole_file(marker.parent / file.name) as beside:
+                shutil.copy(file, beside)
+    this.accelerator.wait_for_everyone()
+    if ours or theirs:
+        refuse_other(marker, read)
+    return ours or theirs
 
 
 def lending(this: Run, marker: Path, read: dict[str, Any]) -> Path | None:

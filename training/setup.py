@@ -112,7 +112,7 @@ def prepare(
     if context.main:
         _remember(recipe, folder, train, test)
     run = Run(recipe, arm, folder, context, train, test, proxy, lock, shared)
-    _refuse(run)
+    refuse(recipe, train, accelerator.num_processes)
     if run.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     accelerator.init_trackers("sslpp", {})
@@ -161,7 +161,7 @@ def load_splits(data: Data, context: Context) -> tuple[Images, Images | None]:
     shared = context.accelerator.num_processes > 1
 
     def load() -> tuple[Images, Images | None]:
-        train = images.load(data, data.split, context.folder, in_file=shared)
+        train = images.load(data, data.split, context.folder, in_file=shared, listing=context.main)
         split = images.find_test_split(data)
         return train, images.load(data, split, context.folder, like=train, in_file=shared) if split else None
 
@@ -219,18 +219,18 @@ def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) 
         write_json(path, told)
 
 
-def _refuse(run: Run) -> None:
-    """Refuse what the number of images or of processes makes impossible.
+def refuse(recipe: Recipe, train: Images, processes: int) -> None:
+    """Refuse what the images or the number of processes make impossible.
 
     Raises:
         Refused: naming the field.
     """
-    check_split(run.recipe.data, run.train)
-    clusters.check(run.recipe.clusters, run.train)
+    check_split(recipe.data, train)
+    clusters.check(recipe.clusters, train)
     for name in ("proxy", "relearn"):
-        schedule: Schedule = getattr(run.recipe, name)
+        schedule: Schedule = getattr(recipe, name)
         if schedule.epochs:
-            check_fits(schedule, len(run.train.train), run.accelerator.num_processes, f"{name}.")
+            check_fits(schedule, len(train.train), processes, f"{name}.")
 
 
 def check_split(data: Data, images: Images) -> None:
@@ -267,7 +267,8 @@ def _announce(run: Run, network: nn.Module) -> None:
     recipe, processes = run.recipe, run.accelerator.num_processes
     schedules = [recipe.proxy, *[recipe.relearn] * recipe.relearn.rounds]
     views = sum(steps_of(s, len(run.train.train), "")[1] * s.batch_size for s in schedules if s.epochs)
-    seconds = views * _seconds_of_a_view(run, run.on_device(network).train()) / processes
+    rows = min(s.batch_size // (processes * s.accumulate) for s in schedules if s.epochs) if views else 64
+    seconds = views * _seconds_of_a_view(run, run.on_device(network).train(), min(64, rows)) / processes
     weights = sum(p.nbytes for p in network.parameters())
     # proxy, rounds and hub hold the weights once; two checkpoints hold weights and momentum, perhaps an average.
     disk = weights * (2 + recipe.relearn.rounds + 2 * 3) + (run.train.pixels.nbytes if processes > 1 else 0)
@@ -279,8 +280,8 @@ def _announce(run: Run, network: nn.Module) -> None:
     )
 
 
-def _seconds_of_a_view(run: Run, network: nn.Module, rows: int = 64) -> float:
-    """Seconds of a view's forward and backward pass, the faster of two after a first."""
+def _seconds_of_a_view(run: Run, network: nn.Module, rows: int) -> float:
+    """Seconds of a view's forward and backward pass among `rows`, the faster of two after a first."""
     batch = B.plain_batch(run.train, run.train.train[:rows], run.accelerator.device)
     times = []
     for _ in range(3):

@@ -114,7 +114,7 @@ def class_records(
             predicted = knn.classify(rows["train"], known["train"], rows[name], classes, k, settings.knn_temperature)
             for neighbours, guess in predicted.items():
                 vote = {"k": neighbours, "temperature": settings.knn_temperature, "n": len(rows["train"])}
-                top1 = (guess == known[name]).double().mean().item()
+                top1 = (guess == known[name]).cpu().double().mean().item()
                 records.append(_record(stage, "knn", vote, name, "top1", top1))
     return records
 

@@ -27,7 +27,7 @@ class Probe:
 
     def top1(self, features: Tensor, labels: Tensor) -> float:
         """Share of features whose largest logit is their label's."""
-        return (self(features).argmax(1) == labels).double().mean().item()
+        return (self(features).argmax(1) == labels).cpu().double().mean().item()
 
 
 def fit(features: Tensor, labels: Tensor, classes: int, c: float, start: Probe | None = None) -> Probe:
