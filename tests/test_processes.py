@@ -8,6 +8,7 @@ import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
 from tests.conftest import ROOT, TINY_RUN, command
+from training import records
 from training.clusters import read_labels
 from training.files import read_lines
 
@@ -106,3 +107,13 @@ def test_a_comparison_runs_in_two_processes_and_ends_cleanly(picture_folder, tmp
     assert done.returncode == 0, done.stderr
     assert "sslpp" in done.stdout
     assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_a_backbone_is_fine_tuned_in_two_processes(runs, picture_folder, tmp_path):
+    done = command(
+        "training.finetune", runs["one"] / "hub", "--epochs", "2", "--batch_size", "8", "--head_first", "0.5",
+        "--data.val_fraction", "0.2", "--data.path", picture_folder, "--run", tmp_path / "run", launcher=TWO,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = records.read(tmp_path / "run" / "records.jsonl")
+    assert {(r["stage"], r["split"]) for r in found} == {(s, p) for s in ("best", "last") for p in ("val", "test")}
