@@ -144,14 +144,14 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     lock = lock_folder(folder) if context.main else None
     images = setup.load_images(recipe, network, context)
-    if context.main:
-        write_text(folder / "recipe.yaml", to_yaml(recipe))
     counts = A.Counts(len(images[0].train), len(images[0].all), proxies.find(recipe.proxy).nuisance)
     for arm in arms:
         try:
             setup.refuse(A.build(arm, recipe, counts), images[0], accelerator.num_processes)
         except Refused as error:
             raise Refused(f"arm {arm}: {error}") from error
+    if context.main:
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
     this = Comparison(recipe, folder, grid, counts, images, context)
     context.say(f"{len(arms)} arms, seeds {seeds}, {round(A.budget(recipe, counts)):,} images each")
     for arm in arms:
