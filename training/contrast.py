@@ -33,11 +33,6 @@ def final(rows: Records) -> Records:
     return [row for row in rows if row["round"] == last[row["arm"], row["seed"]]]
 
 
-def split_of(rows: Records) -> str:
-    """The split that tables show, of those whose classes were measured where there are any."""
-    return report.split_of([row for row in rows if row["protocol"] in ("linear", "knn")] or rows)
-
-
 def metric(rows: Records, arm: str, seed: int, name: str, split: str) -> float | None:
     """A metric of one arm and seed in points, None where it was not measured."""
     protocol, which = name.split()
@@ -113,7 +108,7 @@ def summary(rows: Records, split: str) -> list[list[str]]:
 def tables(rows: Records) -> list[list[list[str]]]:
     """The tables to show first: all arms' means, and the paired differences of the pooled features."""
     rows = final(rows)
-    split = split_of(rows)
+    split = report.split_of(rows)
     return [summary(rows, split), *(contrast(rows, name, split) for name in ("linear pooled", "knn pooled"))]
 
 
@@ -133,7 +128,8 @@ def grid(rows: Records) -> list[list[str]]:
 def write(folder: Path) -> str:
     """Write a comparison's report.md and figures from its records; the text for the screen."""
     rows = records.read(folder / "records.jsonl")
-    shown, split = final(rows), split_of(final(rows))
+    shown = final(rows)
+    split = report.split_of(shown)
     arms, seeds = arms_and_seeds(shown)
     figures.stages(folder / "report" / "stages.png", shown, arms, split)
     figures.costs(folder / "report" / "operations.png", shown, arms, split)
