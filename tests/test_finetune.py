@@ -57,9 +57,12 @@ def test_the_result_is_a_folder_whose_predictions_timm_reproduces(finished, pict
         with torch.no_grad():
             guess = model(transform(Image.open(path).convert("RGB")).unsqueeze(0)).argmax()
         right, total = right + (names[guess] == path.parent.name), total + 1
-    found = records.value(records.read(folder / "records.jsonl"), stage="best", split="test")
+    rows = records.read(folder / "records.jsonl")
+    found = records.value(rows, stage="best", split="test")
     assert right / total == pytest.approx(found)
     assert f"best, test: {100 * found:.2f} %" in done.stdout
+    told = {"labels": 1.0, "epochs": 3.0, "scratch": False, "lr": 0.01, "layer_decay": 0.75}
+    assert [row["settings"] for row in rows] == [told] * 4
 
 
 def test_accuracy_is_measured_after_each_epoch_and_the_best_is_kept(finished):

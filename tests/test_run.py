@@ -278,7 +278,7 @@ def test_evaluate_finds_the_figures_of_the_run_again(finished, picture_folder, t
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_processes_meet_as_often_however_late_they_look_for_a_shared_phase(late, tmp_path, monkeypatch):
+def test_processes_meet_as_often_however_late_they_look_for_a_shared_phase(late, tmp_path):
     shared, marker, read = tmp_path / "shared", tmp_path / "proxy" / "proxy.json", {"a": 1}
     lent = R.lending(SimpleNamespace(shared=shared), marker, read)
     met = []

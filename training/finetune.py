@@ -309,6 +309,7 @@ class Keeper:
         path, found = self.context.folder / "records.jsonl", []
         marker = read_json(self.context.folder / "finetune.json")
         cost = marker["budget"]
+        told = {name: getattr(settings, name) for name in ("labels", "epochs", "scratch", "lr", "layer_decay")}
         for name in ("best", "last"):
             folder = self.context.folder / name
             network = B.load(folder).to(self.context.accelerator.device)
@@ -325,7 +326,7 @@ class Keeper:
                         "round": 0,
                         "stage": name,
                         "protocol": "finetune",
-                        "settings": {"labels": settings.labels, "epochs": settings.epochs, "scratch": settings.scratch},
+                        "settings": told,
                         "data": f"{Path(settings.data.path).name}@{source}",
                         "split": split,
                         "metric": "top1",
