@@ -33,7 +33,13 @@ def _cfg(name: str, **fields: Any) -> dict[str, Any]:
     }
 
 
-_CIFAR10 = {"input_size": (3, 32, 32), "mean": (0.4911, 0.4821, 0.4465), "std": (0.2453, 0.2428, 0.2607)}
+_SOURCES = ("file", "state_dict", "hf_hub_id", "url")
+_CIFAR10 = {
+    "input_size": (3, 32, 32),
+    "pool_size": (2, 2),  # of both networks: every 16th pixel
+    "mean": (0.4911, 0.4821, 0.4465),
+    "std": (0.2453, 0.2428, 0.2607),
+}
 
 # The first tag of an architecture is its default.
 default_cfgs = generate_default_cfgs(
@@ -91,19 +97,22 @@ def _create(
     if isinstance(pretrained_cfg, str) and f"{name}.{pretrained_cfg}" not in known:
         raise RuntimeError(f"There are no weights {name}.{pretrained_cfg}; there are {', '.join(known)}.")
     overlay = dict(pretrained_cfg_overlay or {})
-    theirs = {"file", "state_dict", "hf_hub_id", "url"} & overlay.keys()
-    if theirs:
-        overlay.setdefault("file", None)  # which timm would prefer to an id or address of the caller's
+    theirs = any(overlay.get(source) for source in _SOURCES)
+    if theirs:  # and no other, which timm might prefer
+        overlay = {**dict.fromkeys(_SOURCES), **overlay}
     # Resolved here: a delegation that leaves it open asks for the weights that timm itself has for `base`.
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay).to_dict()
-    tagged = f"{name}.{cfg.get('tag')}"
-    ours = pretrained and not theirs and tagged in known and weights.source(tagged).items() <= cfg.items()
-    if ours:
-        cfg["file"] = str(weights.fetch(tagged, cache_dir))
     args = {**args, **kwargs}
-    network = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, cache_dir=cache_dir, **args)
+    asked = pretrained and not theirs
+    ours = next((tagged for tagged in known if asked and weights.source(tagged).items() <= cfg.items()), None)
     if ours:
-        _check_covered(network, tagged, cfg)
+        cfg["file"] = str(weights.fetch(ours, cache_dir))
+        if kwargs.get("features_only"):  # what it wraps has other names: let timm ask for every weight, and no head
+            cfg["num_classes"] = args["num_classes"] = 0
+            args.pop("pretrained_strict", None)
+    network = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, cache_dir=cache_dir, **args)
+    if ours and not kwargs.get("features_only"):
+        _check_covered(network, ours, cfg)
     # What timm writes when the network is saved: a stock architecture, which loads without this package.
     network.pretrained_cfg["architecture"] = base
     network._model_args = {key: value for key, value in args.items() if key not in ("device", "dtype")}
@@ -120,7 +129,7 @@ def _check_covered(network: nn.Module, name: str, cfg: dict[str, Any]) -> None:
     with safe_open(cfg["file"], framework="pt") as file:
         missing = network.state_dict().keys() - set(file.keys())
     missing = sorted(key for key in missing if not key.startswith(f"{head}."))
-    if missing and hasattr(network, "get_classifier"):  # of what features_only wraps, timm has asked for every weight
+    if missing:
         raise weights.WeightsError(
             f"{name} has no weights for {len(missing)} parameters of the network that was asked for, among them "
             f"{missing[0]}; leave out the keyword that adds them, or pretrained=True."

@@ -125,7 +125,7 @@ def test_weights_pushed_over_xet_load_over_xet(hub, finished, tmp_path, monkeypa
 
 
 BY_ITS_NAME = """
-import json, re, timm, sslpp_models
+import json, re, numpy, timm, torch, sslpp_models
 from pathlib import Path
 
 def why():
@@ -137,7 +137,12 @@ def why():
 
 told = [why(), why(), why()]
 Path(re.search(r"delete (\\S+) and load again", told[-1]).group(1)).unlink()
-print(json.dumps([*told, why(), why()]))
+told += [why(), why()]
+network = timm.create_model("NAME", pretrained=True, cache_dir="cache")
+network.load_state_dict({name: value.clone() for name, value in network.state_dict().items()}, assign=True)
+with torch.no_grad():
+    numpy.save("named", network.eval()(torch.from_numpy(numpy.load("batch.npy"))).numpy())
+print(json.dumps(told))
 """.replace("NAME", NAME)
 
 
@@ -150,6 +155,8 @@ def test_a_registered_name_loads_from_the_hub_what_was_published_and_nothing_els
     shutil.move(tmp_path / "sslpp_models" / "weights" / f"{NAME}.safetensors", repo / "model.safetensors")
     (repo / "README.md").write_text("card")
     publish(repo, f"org/{NAME}")
+    batch = torch.rand(3, 3, 32, 32)
+    np.save(tmp_path / "batch.npy", batch.numpy())
 
     hub.fault("GET .*/model.safetensors", "short", 1)
     hub.fault("GET .*/model.safetensors", "flip", 1)
@@ -158,3 +165,4 @@ def test_a_registered_name_loads_from_the_hub_what_was_published_and_nothing_els
     assert "is not what was published" in corrupted  # which only the published sha256 can tell
     assert cached == corrupted  # the client hands out what lies in its cache
     assert mended == ["loaded", "loaded"]
+    assert np.array_equal(np.load(tmp_path / "named.npy"), features(B.load(repo), batch))

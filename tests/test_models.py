@@ -83,6 +83,25 @@ def test_networks_of_every_kind_are_created(name, pretrained):
 
 
 @pytest.mark.parametrize("name", PACKAGED)
+def test_its_cfg_tells_the_network_as_timm_tests_its_own(name):
+    network = timm.create_model(name, num_classes=10).eval()
+    cfg, state = network.default_cfg, network.state_dict()
+    with torch.no_grad():
+        assert network.forward_features(images(name)).shape[-2:] == cfg["pool_size"]
+        network.reset_classifier(0)
+        assert network(images(name)).shape == (2, network.num_features)
+        network.reset_classifier(0, "")
+        assert network(images(name)).shape[-2:] == cfg["pool_size"]
+    assert f"{cfg['classifier']}.weight" in state
+    assert f"{cfg['classifier']}.weight" not in network.state_dict()
+    assert f"{cfg['first_conv']}.weight" in state
+    pooled, changed = timm.layers.apply_test_time_pool(
+        timm.create_model(name, num_classes=10), {"input_size": (3, 64, 64)}
+    )
+    assert (changed, pooled.eval()(images(name, 64)).shape) == (True, (2, 10))
+
+
+@pytest.mark.parametrize("name", PACKAGED)
 def test_every_backbone_weight_is_the_published_one(name):
     published = load_file(weights.packaged(name))
     for classes in (0, 10):
@@ -180,6 +199,10 @@ def test_parts_that_the_weights_do_not_have_are_an_error(name):
     for classes in (0, 10):
         with pytest.raises(RuntimeError, match=r"layer1.2|stages.0.blocks.2"):
             timm.create_model(name, pretrained=True, num_classes=classes, **more)
+    for lenient in ({}, {"pretrained_strict": False}, {"pretrained_cfg_overlay": {"num_classes": 10}}):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            timm.create_model(name, pretrained=True, features_only=True, **lenient, **more)
+        assert timm.create_model(name, pretrained=True, features_only=True, num_classes=10, **lenient)
     timm.create_model(name, **more)
 
 
@@ -190,8 +213,11 @@ def test_weights_and_cfgs_of_the_callers_own(tmp_path):
     for overlay in ({"file": str(tmp_path / "other.safetensors")}, {"state_dict": other.state_dict()}):
         found = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
         assert all(torch.equal(a, b) for a, b in zip(found.parameters(), other.parameters(), strict=True))
-    cfg = get_pretrained_cfg(name)
     published = load_state_dict(weights.packaged(name))
+    for cleared in ("url", "hf_hub_id", "state_dict"):
+        found = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={cleared: None})
+        assert all(torch.equal(p, published[key].float()) for key, p in found.named_parameters())
+    cfg = get_pretrained_cfg(name)
     bare = {"file": cfg.file, "tag": cfg.tag, "num_classes": 0, "classifier": None}
     for given in (cfg, cfg.to_dict(), bare):
         found = timm.create_model(name.split(".")[0], pretrained=True, pretrained_cfg=given)
@@ -225,16 +251,18 @@ timm.create_model(timm.list_pretrained("sslpp_*")[0], pretrained=True)
     assert set(done.stdout.split()) == {"sslpp_models", "sslpp_models.sslpp", "sslpp_models.weights"}
 
 
-def test_damaged_weights_load_nothing_and_say_which_file(tmp_path):
+@pytest.mark.parametrize(
+    "keywords",
+    ["num_classes=10", "features_only=True", "pretrained_cfg_overlay={'tag': 'other'}"],
+)
+def test_damaged_weights_load_nothing_and_say_which_file(tmp_path, keywords):
     name = TAGGED[0]
     shutil.copytree(Path(sslpp_models.__file__).parent, tmp_path / "sslpp_models")
     file = tmp_path / "sslpp_models" / "weights" / f"{name}.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    done = elsewhere(
-        tmp_path, f"import timm, sslpp_models\ntimm.create_model({name!r}, pretrained=True, num_classes=10)"
-    )
+    done = elsewhere(tmp_path, f"import timm, sslpp_models\ntimm.create_model({name!r}, pretrained=True, {keywords})")
     assert done.returncode == 1
     assert f"WeightsError: {file} is not what was published" in done.stderr
     assert "install sslpp-models again" in done.stderr

@@ -71,7 +71,11 @@ def collect(run: Path, repo: str) -> Files:
     for name in NEEDED:
         if not (folder / name).is_file():
             raise Refused(f"{folder} has no {name}; what python -m training leaves in hub/ has.")
-    if "architecture" not in read_json(folder / "config.json"):
+    try:
+        config = read_json(folder / "config.json")
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or "architecture" not in config:
         raise Refused(f"{folder / 'config.json'} names no architecture, so that timm could not load it.")
     pictures = sorted((folder / "report").glob("*.png"))
     files: Files = {str(path.relative_to(folder)): path for path in (*(folder / name for name in NEEDED), *pictures)}
@@ -127,8 +131,10 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
         raise
     except Exception as error:  # the Hub's clients raise errors of four libraries and of Python's own
         raise Failed(explain(error, repo, revision) + f" {repo} was made, and is empty." * made) from None
-    url = done.pr_url if create_pr else f"{api.endpoint}/{repo}"
-    return f'sent to {url} as {name}; load it with timm.create_model("hf-hub:{repo}", pretrained=True)'
+    at = done.pr_revision if create_pr else revision if revision != "main" else None
+    url = done.pr_url if create_pr else f"{api.endpoint}/{repo}" + (f"/tree/{at}" if at else "")
+    model = f"{repo}@{at}" if at else repo
+    return f'sent to {url} as {name}; load it with timm.create_model("hf-hub:{model}", pretrained=True)'
 
 
 def same(api: HfApi, repo: str, revision: str | None, files: Files) -> bool:
@@ -179,6 +185,8 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
         text = f"Your token may not write to {repo}; it needs the role write, and you a place in {repo.split('/')[0]}."
     elif status is not None:
         text = f"The Hub answered with status {status}: {_first_line(error)} {again}"
+    elif isinstance(error, ValueError) and isinstance(error.__cause__, HfHubHTTPError):
+        text = f"The Hub refuses the card: {_first_line(error)}. Nothing was published."
     elif isinstance(error.__cause__, HfHubHTTPError):
         text = f"The Hub refused an upload with status {error.__cause__.response.status_code}. {again}"
     else:
