@@ -5,6 +5,7 @@ import math
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,7 +18,7 @@ from training import finetune as T
 from training import loop, records, views
 from training.files import read_json, read_lines
 from training.launch import Key
-from training.recipe import Model, Views
+from training.recipe import Data, Model, Views
 
 TINY = ["--epochs", "3", "--batch_size", "8", "--lr", "0.01", "--data.val_fraction", "0.2", "--log.every", "1"]
 CALM = Views(crop_scale=(0.5, 1.0), jitter=0.0, grey=0.0)
@@ -37,6 +38,12 @@ def finished(backbone, picture_folder, tmp_path_factory):
     done = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder)
     assert done.returncode == 0, done.stderr
     return folder, done
+
+
+def rewrite(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def classify(images, **settings):
@@ -65,10 +72,31 @@ def test_the_result_is_a_folder_whose_predictions_timm_reproduces(finished, pict
     assert [row["settings"] for row in rows] == [told] * 4
 
 
+def test_pictures_larger_than_the_network_sees_are_seen_as_timm_shows_them(backbone, context, tmp_path):
+    shutil.copytree(backbone, tmp_path / "wide")
+    rewrite(tmp_path / "wide" / "config.json", '"crop_pct": 0.8', '"crop_pct": 0.95')
+    draws = np.random.default_rng(0)
+    paths = [tmp_path / "data" / "train" / f"class {i % 2}" / f"{i}.png" for i in range(10)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 255, (5, 7, 3), dtype=np.uint8)).resize((84, 60)).save(path)
+    network = B.create(Model(f"local-dir:{tmp_path / 'wide'}", pretrained=True), None)
+    images = T.load_images(network, T.Finetune(data=Data(path=str(tmp_path / "data"))), context)[0]["train"]
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    B.save(network, folder, images)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    shown = torch.stack([transform(Image.open(tmp_path / "data" / path)) for path in images.paths])
+    assert torch.allclose(shown, B.plain_batch(images, images.all, torch.device("cpu")), atol=1e-5)
+
+
 def test_accuracy_is_measured_after_each_epoch_and_the_best_is_kept(finished):
     folder, done = finished
     told = [float(line.split()[2]) for line in done.stdout.splitlines() if "of the held-out part" in line]
     assert len(told) == 3
+    logged = [row["val_top1"] for row in read_lines(folder / "metrics.jsonl") if "val_top1" in row]
+    assert [100 * value for value in logged] == pytest.approx(told, abs=0.01)
     assert 100 * read_json(folder / "best" / "finetune.json")["val_top1"] == pytest.approx(max(told), abs=0.01)
     assert 100 * read_json(folder / "last" / "finetune.json")["val_top1"] == pytest.approx(told[-1], abs=0.01)
 
@@ -89,14 +117,34 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finish
     assert row["flops"] > 0
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run, data, model: shutil.rmtree(run / "best"), "best is gone"),
+        (lambda run, data, model: [p.rename(p.with_name("class 9")) for p in data.glob("*/class 3")], "label names: "),
+        (lambda run, data, model: rewrite(model / "config.json", "0.5", "0.6"), "seen as: "),
+    ],
+)
+def test_a_finished_run_is_not_measured_as_another_one(spoil, said, finished, backbone, picture_folder, tmp_path):
+    run, data, model = (tmp_path / name for name in ("run", "data", "model"))
+    for source, copy in ((finished[0], run), (picture_folder, data), (backbone, model)):
+        shutil.copytree(source, copy)
+    spoil(run, data, model)
+    kept = (run / "records.jsonl").read_bytes()
+    done = call(T.main, model, *TINY, "--data.path", data, "--run", run)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert said in done.stderr
+    assert (run / "records.jsonl").read_bytes() == kept
+
+
 def test_an_interrupted_run_ends_in_the_same_weights(finished, backbone, picture_folder, tmp_path, monkeypatch):
     folder, _ = finished
     real, steps = T.Keeper.look, []
 
     def stop_after_the_first(self, step, total):
-        real(self, step, total)
         steps.append(step)
         self.context.stop.number = 15 if len(steps) == 1 else None
+        return real(self, step, total)
 
     monkeypatch.setattr(T.Keeper, "look", stop_after_the_first)
     command = (T.main, backbone, *TINY, "--data.path", picture_folder, "--run", tmp_path / "torn")
@@ -130,8 +178,6 @@ def test_the_loss_is_the_cross_entropy(tiny, context, mixing, smoothing):
     batches = [
         loop.draw_batch(tiny, tiny.train, task.settings, Key(0, "x"), 0, 0, context.accelerator) for _ in range(2)
     ]
-    import numpy as np
-
     np.random.seed(3)  # noqa: NPY002  timm's Mixup draws from the global stream
     got = task(batches[0])["loss"].item()
     batch = batches[1]
@@ -187,7 +233,7 @@ def test_the_head_is_trained_first_and_frozen_stages_never(context):
 
 
 def test_a_share_of_the_labels_is_a_share_of_each_class(tiny, context, monkeypatch):
-    monkeypatch.setattr(T, "load_for", lambda network, data, context: (tiny, None))
+    monkeypatch.setattr(T, "load_for", lambda *args, **kwargs: (tiny, None))
     network = B.create(Model("test_resnet"), 16)
     _, every = T.load_images(network, T.Finetune(), context)
     assert torch.equal(every, tiny.train)
@@ -211,10 +257,15 @@ def parquet(folder, labels, test=None):
 @pytest.mark.parametrize(
     ("labels", "test", "said"),
     [
-        ([None] * 12, None, "labels of the train split are missing (all of 12)"),
+        ([None] * 12, None, "the train split has no labels of two classes or more"),
+        (["a"] * 12, None, "the train split has no labels of two classes or more"),
+        ([0.0, 1.0, math.nan] * 4, None, "labels of the train split are missing (4 of 12)"),
+        (["a", "b", ""] * 4, None, "labels of the train split are missing (4 of 12)"),
+        ([["a"], ["a", "b"]] * 6, None, "the train split has no labels of two classes or more"),
         (["a", "b", None] * 4, None, "labels of the train split are missing (4 of 12)"),
         (["a", "b"] * 6, ["a", "c"], "'c' is not among the training split's classes"),
-        (["a", "b"] * 6, [None, None], "data.test_split: labels of the test split are missing"),
+        (["a", "b"] * 6, [None, None], "data.test_split: the test split has no labels"),
+        (["a", "b"] * 6, ["a", None], "data.test_split: labels of the test split are missing (1 of 2). --data.test_sp"),
     ],
 )
 def test_labels_that_are_missing_or_do_not_match_are_refused(backbone, tmp_path, labels, test, said):
@@ -225,10 +276,24 @@ def test_labels_that_are_missing_or_do_not_match_are_refused(backbone, tmp_path,
     assert done.stderr.count("\n") == 1
 
 
+def test_a_test_split_without_labels_can_be_left_out(backbone, tmp_path):
+    data = parquet(tmp_path / "data", ["a", "b"] * 12, [None, None])
+    done = call(T.main, backbone, *TINY, "--data.path", data, "--data.test_split", "none", "--run", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert {row["split"] for row in records.read(tmp_path / "run" / "records.jsonl")} == {"val"}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--optimizer", "foo"], "optimizer: timm has no optimiser 'foo'"),
+        (["--optimizer", "adahessian"], "optimizer: adahessian needs second derivatives"),
+        pytest.param(
+            ["--optimizer", "fusedlamb"],
+            "optimizer: fusedlamb cannot be had here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it can, where APEX is installed"),
+        ),
+        (["--data.label_column", "image"], "'image' holds more than one class"),
         (["--batch_size", "99"], "batch_size: 99 is more than the 38 training images"),
         (["--batch_size", "9", "--mixup", "0.2"], "9 of a micro-batch cannot be paired"),
         (["--freeze", "9"], "freeze: 9 is not one of the 5 stages"),
@@ -249,8 +314,8 @@ def test_mixing_averaging_and_freezing_resume_too(options, backbone, picture_fol
     real = T.Keeper.look
 
     def stop_the_torn_one(self, step, total):
-        real(self, step, total)
         self.context.stop.number = 15 if self.context.folder.name == "torn" and step < total else None
+        return real(self, step, total)
 
     monkeypatch.setattr(T.Keeper, "look", stop_the_torn_one)
     command = (T.main, backbone, *TINY, *options, "--data.path", picture_folder, "--run")

@@ -10,7 +10,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from tests.conftest import ROOT, TINY_RUN, command
 from training import records
 from training.clusters import read_labels
-from training.files import read_lines
+from training.files import read_json, read_lines
 
 # Without batch norm, whose statistics are each process's own.
 PLAIN = [
@@ -109,11 +109,37 @@ def test_a_comparison_runs_in_two_processes_and_ends_cleanly(picture_folder, tmp
     assert (tmp_path / "run" / "report.md").exists()
 
 
-def test_a_backbone_is_fine_tuned_in_two_processes(runs, picture_folder, tmp_path):
-    done = command(
-        "training.finetune", runs["one"] / "hub", "--epochs", "2", "--batch_size", "8", "--head_first", "0.5",
-        "--data.val_fraction", "0.2", "--data.path", picture_folder, "--run", tmp_path / "run", launcher=TWO,
-    )  # fmt: skip
+def test_a_backbone_is_fine_tuned_in_two_processes_and_both_measure_what_is_kept(finished, picture_folder, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text("""
+import sys, torch
+from training import finetune
+from training.command import guarded
+
+real = finetune.Keeper.look
+
+def look(self, step, total):
+    told = real(self, step, total)
+    for name, value in self.task.result().named_buffers():  # batch norms, which have seen other images
+        both = self.context.accelerator.gather(value.double().flatten().unsqueeze(0))
+        assert torch.equal(both[0], both[1]), name
+    return told
+
+finetune.Keeper.look = look
+sys.exit(guarded(finetune.main, sys.argv[1:]))
+""")
+    options = ["--epochs", "2", "--batch_size", "8", "--head_first", "0.5", "--data.val_fraction", "0.2"]
+    options += ["--data.path", picture_folder, "--run", tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", *TWO, "--", script, finished[0] / "hub", *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = records.read(tmp_path / "run" / "records.jsonl")
     assert {(r["stage"], r["split"]) for r in found} == {(s, p) for s in ("best", "last") for p in ("val", "test")}
+    for stage in ("best", "last"):
+        told = read_json(tmp_path / "run" / stage / "finetune.json")["val_top1"]
+        assert records.value(found, stage=stage, split="val") == pytest.approx(told)

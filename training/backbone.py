@@ -68,15 +68,18 @@ def _why_not(model: Model, error: Exception) -> str:
     return f"{field}: timm cannot build {model.name} with {model.args}: {text[:300]}"
 
 
-def as_seen_by(network: nn.Module, images: Images) -> Images:
-    """The images with the size, statistics and crop that a pretrained network expects."""
+def as_seen_by(network: nn.Module, images: Images, own_crop: bool = False) -> Images:
+    """The images with the size, statistics and crop that a pretrained network expects; `own_crop` keeps the images'.
+
+    Of pictures larger than what is stored, the images' own crop alone is what timm's transform shows, to the pixel.
+    """
     source = network.pretrained_cfg
     return dataclasses.replace(
         images,
         size=source["input_size"][-1],
         mean=tuple(source["mean"]),
         std=tuple(source["std"]),
-        crop_pct=source["crop_pct"],
+        crop_pct=images.crop_pct if own_crop else source["crop_pct"],
     )
 
 

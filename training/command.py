@@ -46,7 +46,7 @@ def as_timm_names(model: str) -> str:
 
 def short_name(model: str) -> str:
     """What to call a MODEL: its last part, with the one before it where that alone tells nothing."""
-    parts = Path(model.split(":", 1)[-1]).parts
+    parts = Path(model.split(":", 1)[-1]).parts or Path.cwd().parts
     known = re.fullmatch(r"hub|proxy|best|last|round_\d+", parts[-1])
     return "_".join(parts[-2:] if known else parts[-1:])
 

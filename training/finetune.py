@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -203,11 +204,14 @@ def reads(
     """What the result depends on: fields, weights, images, and which labels there are and may be used."""
     apart = ("log", "run", "checkpoint_every", "data")
     own = {name: value for name, value in flatten(settings).items() if name.split(".")[0] not in apart}
-    targets = {"indices": indices, "held out": splits["train"].held_out}
+    train = splits["train"]
+    targets = {"indices": indices, "held out": train.held_out}
     targets |= {split: images.labels for split, images in splits.items()}
     return {
         **own,
         "precision": precision,
+        "seen as": [train.size, *train.mean, *train.std, train.crop_pct],
+        "label names": train.label_names,
         "weights": B.fingerprint(network.state_dict()),
         "images": {split: images.fingerprint for split, images in splits.items()},
         "targets": B.fingerprint(targets),
@@ -220,13 +224,18 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
     Raises:
         Refused: labels are missing, or do not match between the splits.
     """
-    train, test = load_for(network, settings.data, context)
+    train, test = load_for(network, settings.data, context, own_crop=True)
     splits = {"train": train, **({"test": test} if test else {})}
     for split, images in splits.items():
-        unknown = "all" if images.labels is None else int((images.labels[images.all] < 0).sum())
-        if unknown:
-            field = "data.test_split" if images is test else "data.label_column"
-            raise Refused(f"{field}: labels of the {split} split are missing ({unknown} of {len(images.all)}).")
+        advice = " --data.test_split none leaves it out." if images is test else ""
+        field = "data.test_split" if images is test else "data.label_column"
+        if images.labels is None:
+            raise Refused(
+                f"{field}: the {split} split has no labels of two classes or more; name the column of labels, or give "
+                f"each class a folder, in every split alike.{advice}"
+            )
+        if unknown := int((images.labels[images.all] < 0).sum()):
+            raise Refused(f"{field}: labels of the {split} split are missing ({unknown} of {len(images.all)}).{advice}")
     chosen = torch.randperm(len(train.train), generator=torch.Generator().manual_seed(settings.data.split_seed))
     shuffled, indices = train.train[chosen], []
     for label in range(len(train.label_names)):
@@ -284,9 +293,11 @@ class Keeper:
         logits = B.extract(network, images, indices, self.context.accelerator, BATCH)["pooled"]
         return (logits.argmax(1) == images.labels[indices]).double().mean().item()
 
-    def look(self, step: int, total: int) -> None:
-        """Measure after an epoch, and keep what is worth it."""
+    def look(self, step: int, total: int) -> dict[str, float]:
+        """Measure after an epoch, and keep what is worth it; what the log is to have."""
         network = self.task.result()
+        for buffer in network.buffers():  # the other processes' batch norms have seen other images
+            broadcast(buffer)
         top1 = self.top1(network, "val")
         self.context.say(f"step {step}: {100 * top1:.2f} % of the held-out part")
         best = self.context.folder / "best" / "finetune.json"
@@ -295,6 +306,7 @@ class Keeper:
         if self.context.main and step == total:
             self.keep(network, "last", step, top1)
         self.context.accelerator.wait_for_everyone()
+        return {"val_top1": top1}
 
     def keep(self, network: nn.Module, name: str, step: int, top1: float) -> None:
         """Write a classifier's folder."""
@@ -312,6 +324,8 @@ class Keeper:
         told = {name: getattr(settings, name) for name in ("labels", "epochs", "scratch", "lr", "layer_decay")}
         for name in ("best", "last"):
             folder = self.context.folder / name
+            if not folder.exists():
+                raise Refused(f"{folder} is gone; choose another --run, or remove {folder.parent} to train again.")
             network = B.load(folder).to(self.context.accelerator.device)
             for split in ("val", *(s for s in self.splits if s != "train")):
                 value = self.top1(network, split)

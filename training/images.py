@@ -137,7 +137,7 @@ def load(
 def find_test_split(data: Data) -> str | None:
     """Name of the split to test on: the one asked for, else "test" or "validation" if it is there, else None."""
     if data.test_split:
-        return data.test_split
+        return None if data.test_split == "none" else data.test_split
     names = split_names(data)
     return next((name for name in ("test", "validation") if name in names and name != data.split), None)
 
@@ -213,7 +213,10 @@ def _labels(rows: datasets.Dataset, data: Data, names: list[str] | None) -> tupl
     column = data.label_column
     if column and column not in rows.features:
         raise Refused(f"data.label_column: there is no column {column!r}; there are {', '.join(rows.features)}.")
-    column = column or next((name for name in ("label", "labels", "fine_label") if name in rows.features), None)
+    single = [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel | datasets.Value)]
+    if column and column not in single:
+        raise Refused(f"data.label_column: {column!r} holds more than one class for each image.")
+    column = column or next((name for name in ("label", "labels", "fine_label") if name in single), None)
     if column is None:
         return None, None
     feature, values = rows.features[column], rows[column][:]
@@ -222,7 +225,7 @@ def _labels(rows: datasets.Dataset, data: Data, names: list[str] | None) -> tupl
         values = [None if v is None or v < 0 else given[v] for v in values]
     else:
         given = None
-        values = [None if v is None or (isinstance(v, int) and v < 0) else str(v) for v in values]
+        values = [None if _unlabelled(v) else str(v) for v in values]
     seen = {v for v in values if v is not None}
     if names is None:
         names = given or sorted(seen, key=lambda v: (len(v), v) if v.isdecimal() else (1 << 20, v))
@@ -235,6 +238,12 @@ def _labels(rows: datasets.Dataset, data: Data, names: list[str] | None) -> tupl
         raise Refused(f"data.test_split: its label {sorted(unknown)[0]!r} is not among the training split's classes.")
     number = {name: i for i, name in enumerate(names)}
     return torch.tensor([-1 if v is None else number[v] for v in values]), names
+
+
+def _unlabelled(value: Any) -> bool:
+    """Whether an entry of a column says that there is no label: none, empty, not a number, or a negative one."""
+    number = isinstance(value, int | float)
+    return value is None or value == "" or (number and (value < 0 or value != value))
 
 
 def _raw(row: Any, position: int, root: Path) -> tuple[str, bytes, str]:

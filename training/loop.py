@@ -184,7 +184,7 @@ def train(
     fingerprint: str,
     first: int = 0,
     last: int | None = None,
-    epoch_end: Callable[[int, int], None] | None = None,
+    epoch_end: Callable[[int, int], dict[str, float]] | None = None,
 ) -> None:
     """Train `task` in place from step `first` to step `last` of the schedule, or on from the newest checkpoint between.
 
@@ -198,7 +198,8 @@ def train(
         context: the run.
         fingerprint: of what the phase reads; checkpoints of another are not taken up.
         first, last: steps of the schedule, the whole of it by default.
-        epoch_end: called after each epoch and after the last step, with the steps done and all there are.
+        epoch_end: called after each epoch and after the last step, with the steps done and all there are; what it
+            returns is logged.
 
     Raises:
         Failed: the loss is not finite; the last good checkpoint is kept.
@@ -252,10 +253,11 @@ def train(
             ends = _agreed(context, look)
             if look or ends:
                 means = window.read(step, schedule.batch_size)
-                log.write(step, step * schedule.batch_size, rate, means)
+                log.write(step, images=step * schedule.batch_size, lr=rate, **means)
                 bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in {**means, "lr": rate}.items()), refresh=False)
             if epoch_end and (step % epoch_steps == 0 or step == total):
-                epoch_end(step, total)  # before the checkpoint, after which this epoch is over for good
+                # Before the checkpoint, after which this epoch is over for good.
+                log.write(step, **epoch_end(step, total))
             if due or ends:
                 meter.read(step - saved_at)
                 save_checkpoint(task, optimizer.optimizer, key, step, fingerprint, context)
@@ -370,11 +372,11 @@ class Log:
             if len(kept) < len(rows) or (self.path.exists() and not self.path.read_bytes().endswith(b"\n")):
                 write_lines(self.path, kept)
 
-    def write(self, step: int, images: int, rate: float, means: dict[str, float]) -> None:
-        row = {"phase": self.key.phase, "round": self.key.round, "step": step, "images": images, "lr": rate, **means}
+    def write(self, step: int, **told: float) -> None:
+        row = {"phase": self.key.phase, "round": self.key.round, "step": step, **told}
         if self.context.main:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         prefix = f"{self.key.name}/"
-        told = {prefix + name: value for name, value in row.items() if name != "phase"}
-        self.context.accelerator.log(told, step=self.before + step)
+        row = {prefix + name: value for name, value in row.items() if name != "phase"}
+        self.context.accelerator.log(row, step=self.before + step)

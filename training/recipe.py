@@ -56,7 +56,7 @@ class Data:
     split: str = "train"
     """Split to train on."""
     test_split: str | None = None
-    """Split to test on; without one "test" or "validation" if it is there, else none."""
+    """Split to test on; without one "test" or "validation" if it is there; "none" for none."""
     image_column: str | None = None
     """Column of images; without one the only column of images."""
     label_column: str | None = None

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from . import backbone as B
@@ -182,11 +182,11 @@ def one_process(command: str, folder: Path, stop: StopSignals) -> Context:
     return Context(accelerator, folder, stop, 1, 1)
 
 
-def load_for(network: nn.Module, data: Data, context: Context) -> tuple[Images, Images | None]:
-    """The splits at the size and with the statistics that a pretrained network expects."""
+def load_for(network: nn.Module, data: Data, context: Context, own_crop: bool = False) -> tuple[Images, Images | None]:
+    """The splits at the size and with the statistics that a pretrained network expects, its crop or their own."""
     data = dataclasses.replace(data, size=network.pretrained_cfg["input_size"][-1])
     train, test = load_splits(data, context)
-    return B.as_seen_by(network, train), B.as_seen_by(network, test) if test else None
+    return B.as_seen_by(network, train, own_crop), B.as_seen_by(network, test, own_crop) if test else None
 
 
 def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) -> None:
@@ -254,6 +254,12 @@ def check_fits(schedule: Schedule, images: int, processes: int, prefix: str = ""
     """
     if schedule.optimizer not in list_optimizers():
         raise Refused(f"{prefix}optimizer: timm has no optimiser {schedule.optimizer!r}.")
+    if get_optimizer_info(schedule.optimizer).second_order:
+        raise Refused(f"{prefix}optimizer: {schedule.optimizer} needs second derivatives, which no step here takes.")
+    try:
+        create_optimizer_v2([nn.Parameter(torch.zeros(1))], schedule.optimizer, lr=schedule.lr)
+    except Exception as error:  # of a package that is missing, or a device
+        raise Refused(f"{prefix}optimizer: {schedule.optimizer} cannot be had here: {error}.") from error
     if schedule.batch_size % (processes * schedule.accumulate):
         raise Refused(
             f"{prefix}batch_size: {schedule.batch_size} images cannot be shared evenly by {processes} processes of "
