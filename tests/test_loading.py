@@ -15,7 +15,7 @@ from huggingface_hub import constants
 import sslpp_models
 from tests.conftest import call, make_images
 from training import backbone as B
-from training import push
+from training import finetune, push
 
 NAME = timm.list_pretrained("sslpp_*")[0]
 
@@ -99,6 +99,16 @@ def test_train_push_and_load_without_this_package(hub, finished, tmp_path):
     assert told["no revision"] == "RevisionNotFoundError"
     assert told["truncated"][0] != "loaded" == told["truncated"][1]
     assert (told["head"], told["maps"]) == (3, 5)
+
+
+def test_a_backbone_on_the_hub_is_fine_tuned_as_its_card_says(hub, finished, picture_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    publish(finished[0], "org/net")
+    options = ["--epochs", "1", "--batch_size", "8", "--run", tmp_path / "tuned"]
+    done = call(finetune.main, "hf-hub:org/net", "--data.path", picture_folder, *options)
+    assert done.returncode == 0, done.stderr
+    assert any("/resolve/main/model.safetensors" in request for request in hub.requests)
+    assert timm.create_model(f"local-dir:{tmp_path / 'tuned' / 'last'}", pretrained=True).num_classes == 4
 
 
 OVER_XET = """

@@ -4,9 +4,10 @@ import re
 
 import pytest
 import timm
+from PIL import Image
 
 from tests.conftest import ROOT
-from training import readme, records
+from training import figures, readme, records
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -60,3 +61,5 @@ def test_fine_tuned_models_are_told_apart_by_start_and_share_of_labels(tmp_path)
             ["x_proxy", "40.0 (1)", ""],
         ]
     ]
+    figures.fine_tuned(tmp_path / "finetune.png", readme.fine_tuned(rows))
+    assert Image.open(tmp_path / "finetune.png").size[0] > 300

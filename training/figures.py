@@ -139,6 +139,26 @@ def costs(path: Path, records: list[dict[str, Any]], arms: list[str], split: str
     _save(figure, path)
 
 
+def fine_tuned(path: Path, found: dict[str, dict[float, list[float]]]) -> None:
+    """Accuracy against the share of labels, a line for each start, bars from seed to seed; arguments of readme.py."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    for start, values in found.items():
+        name = next((name for name in ("scratch", "proxy") if start.endswith(name)), "sslpp")
+        mean = [np.mean(v) for v in values.values()]
+        spread = [[m - min(v) for m, v in zip(mean, values.values(), strict=True)]]
+        spread += [[max(v) - m for m, v in zip(mean, values.values(), strict=True)]]
+        axis.errorbar(list(values), mean, yerr=spread, fmt="o-", color=COLOURS[name], capsize=3, label=start)
+    shares = sorted({share for values in found.values() for share in values})
+    axis.set_xscale("log")
+    axis.set_xticks(shares, [f"{share:.0%}" for share in shares])
+    axis.minorticks_off()
+    axis.set_xlabel("labels used")
+    axis.set_ylabel("fine-tuned, top-1 on test, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
+    _save(figure, path)
+
+
 def curves(path: Path, metrics: Path) -> None:
     """Loss and accuracy against images, a column for each phase and round."""
     rows = read_lines(metrics)

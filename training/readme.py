@@ -12,7 +12,7 @@ import timm
 
 import sslpp_models  # noqa: F401  registers the backbones
 
-from . import card, contrast, recipe, records, report
+from . import card, contrast, figures, recipe, records, report
 from .command import short_name
 from .files import write_text
 
@@ -26,20 +26,22 @@ def run_table(rows: contrast.Records) -> list[list[list[str]]]:
     return [lines for protocol, lines in found if protocol != "rankme" and "k = 200" not in lines[0][0]]
 
 
+def fine_tuned(rows: contrast.Records) -> dict[str, dict[float, list[float]]]:
+    """Top-1, %, of each seed, on the test split after the last epoch, by what was fine-tuned and by share of labels."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if (row["stage"], row["split"]) == ("last", "test"):
+            start = short_name(row["model"]) + (", from scratch" if row["settings"]["scratch"] else "")
+            found.setdefault(start, {}).setdefault(float(row["settings"]["labels"]), []).append(100 * row["value"])
+    return found
+
+
 def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
-    """Top-1 of fine-tuned models on the test split, mean and spread over seeds, a column for each share of labels."""
-    rows = [r for r in rows if (r["stage"], r["split"]) == ("last", "test")]
-    shares = sorted({float(r["settings"]["labels"]) for r in rows})
-    lines = [["fine-tuned, top-1 %", *(f"{share:.0%} of the labels" for share in shares)]]
-    for start in dict.fromkeys((r["model"], r["settings"]["scratch"]) for r in rows):
-        name = short_name(start[0])
-        cells = [f"{name}, from scratch" if start[1] else name]
-        for share in shares:
-            same = [r for r in rows if (r["model"], r["settings"]["scratch"]) == start]
-            values = [100 * r["value"] for r in same if float(r["settings"]["labels"]) == share]
-            cells.append(mean_and_spread(values))
-        lines.append(cells)
-    return [lines]
+    """Mean and spread over seeds of fine-tuned models, a column for each share of labels."""
+    found = fine_tuned(rows)
+    shares = sorted({share for values in found.values() for share in values})
+    head = ["fine-tuned, top-1 %", *(f"{share:.0%} of the labels" for share in shares)]
+    return [[head, *([start, *(mean_and_spread(v.get(share, [])) for share in shares)] for start, v in found.items())]]
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -79,5 +81,7 @@ if __name__ == "__main__":
     configs = ROOT / "hub_configs"
     path = ROOT / "README.md"
     write_text(path, fill(path.read_text(encoding="utf-8"), configs))
+    for path in configs.glob("*/finetune.jsonl"):
+        figures.fine_tuned(path.parent / "report" / "finetune.png", fine_tuned(records.read(path)))
     for name in timm.list_pretrained("sslpp_*"):
         write_text(configs / name / "CARD.md", shipped_card(configs / name))
