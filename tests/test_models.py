@@ -19,6 +19,7 @@ from timm.models._manipulate import group_with_matcher
 import sslpp_models
 from sslpp_models import weights
 from tests.conftest import ROOT
+from training import records
 
 TAGGED = timm.list_pretrained("sslpp_*")
 PACKAGED = [name for name in TAGGED if weights.packaged(name).exists()]
@@ -65,6 +66,12 @@ def test_what_is_published_is_registered_and_the_other_way_round_and_small():
     assert sum(sizes) <= 60
     assert all(name in (weights.FOLDER / "README.md").read_text() for name in TAGGED)
     assert {path.suffix for path in weights.FOLDER.iterdir()} <= {".safetensors", "", ".md"}
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_its_records_were_measured_on_these_weights(name):
+    rows = records.read(ROOT / "hub_configs" / name / "records.jsonl")
+    assert {row["weights_sha256"] for row in rows if row["arm"] == "sslpp"} == {weights.published(name)}
 
 
 @pytest.mark.parametrize("name", PACKAGED)
