@@ -113,6 +113,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(context, tmp_pa
 def test_a_signal_after_the_last_step_stops_what_would_come_next(context, tmp_path):
     def stopped(step, total):
         context.stop.number = 15 if step == total else None
+        return {}
 
     images, settings = make_images(), Schedule(epochs=1, batch_size=8, lr=0.1)
     with pytest.raises(Interrupted):
