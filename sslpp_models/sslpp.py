@@ -62,9 +62,9 @@ def sslpp_resnet18_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def sslpp_convnext_atto_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ConvNeXt-Atto with patches of 2 x 2 px, 3 x 3 kernels and narrower stages; 1.9 M parameters."""
+    """ConvNeXt-Atto with patches of 2 x 2 px, 3 x 3 kernels, batch norm and narrower stages; 1.9 M parameters."""
     args = {"patch_size": 2, "dims": (32, 64, 128, 256), "depths": (2, 2, 4, 2), "output_stride": 16}
-    args |= {"kernel_sizes": 3, "conv_mlp": True}
+    args |= {"kernel_sizes": 3, "conv_mlp": True, "norm_layer": "batchnorm2d"}
     return _create("sslpp_convnext_atto_s32", "convnext_atto", args, pretrained, **kwargs)
 
 
