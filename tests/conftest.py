@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import _http
 from PIL import Image
@@ -56,6 +57,13 @@ def make_images(count=40, side=20, size=16, classes=4, labelled=True, seed=0):
         crop_pct=size / side,
         size=size,
     )
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerator():
+    """Accelerate has one state in a process, precision included: the next test begins without this one's."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ def rows(count=300, width=6, groups=5, spread=0.05, seed=0):
     return torch.nn.functional.normalize(noisy, dim=1), labels
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def accelerator():
     return Accelerator(cpu=True)
 

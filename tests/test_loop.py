@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from tests.conftest import make_images
-from training import loop
+from training import launch, loop
 from training.checkpoints import Checkpoints
 from training.files import Failed, Refused, read_lines
 from training.launch import Interrupted, Key
+from training.loop import Context
 from training.recipe import Schedule, Views
 from training.task import BackboneTask, Task
 
@@ -26,13 +27,15 @@ class Mean(Task):
         super().__init__()
         self.linear = nn.Linear(3, 1)
         self.register_buffer("steps", torch.zeros(1))
-        self.spoil_at, self.seen, self.after = spoil_at, [], None
+        self.spoil_at, self.seen, self.dtypes, self.after = spoil_at, [], [], None
 
     def forward(self, batch):
         self.seen.append(batch.indices)
         means = batch.pixels.float().mean((2, 3)) / 255
         noise = batch.draws.uniform(1).float().to(means.device) * 0.1
-        loss = (self.linear(means) - means.mean(1, keepdim=True) - noise).square().mean()
+        predicted = self.linear(means)
+        self.dtypes.append(predicted.dtype)
+        loss = (predicted - means.mean(1, keepdim=True) - noise).square().mean()
         if self.spoil_at is not None and self.steps == self.spoil_at:
             loss = loss * float("nan")
         return {"loss": loss, "noise": noise.mean()}
@@ -140,6 +143,14 @@ def test_the_scale_of_half_precision_goes_on_where_it_was(context, tmp_path):
         assert context.accelerator.scaler.state_dict() == grown
     finally:
         context.accelerator.scaler = None
+
+
+def test_each_training_of_a_task_has_the_precision_of_the_run(tmp_path):
+    context = Context(launch.start("bf16", None, str(tmp_path)), tmp_path, launch.StopSignals(), 1, 1000)
+    task = make()
+    run(task, context, last=4)
+    run(task, context, first=4)
+    assert task.dtypes == [torch.bfloat16] * 12
 
 
 def test_a_tracker_gets_steps_that_rise_through_the_phases(context, monkeypatch):

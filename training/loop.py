@@ -272,6 +272,7 @@ def train(
         context.stop.deferred = False
         bar.close()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        task.__dict__.pop("_is_accelerate_prepared", None)  # else the next call's prepare() would leave out autocast
         accelerator.free_memory()
     if _agreed(context, True):  # since the last step looked
         raise Interrupted(context.stop.number or signal.SIGTERM)
