@@ -6,9 +6,11 @@ import signal
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from training import launch
+from training.backbone import at_least_a_pixel
 from training.files import Refused
 
 
@@ -55,14 +57,15 @@ def test_seeds_reach_every_global_stream():
     assert all(a != b for a, b in zip(drawn(3), drawn(2**62), strict=True))
 
 
-@pytest.mark.parametrize(("units", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_precision_is_what_the_cpu_has_units_for(monkeypatch, units, expected):
+@pytest.mark.parametrize(("units", "size", "expected"), [(True, 32, "bf16"), (False, 32, "fp32"), (True, 16, "fp32")])
+def test_precision_is_what_the_cpu_has_units_for_and_does_right(monkeypatch, units, size, expected):
+    fits = at_least_a_pixel(timm.create_model("test_resnet"), size)  # its stride is 32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert launch.resolve_precision("auto") == expected
-    assert launch.resolve_precision("bf16") == "bf16"
+    assert launch.resolve_precision("auto", fits) == expected
+    assert launch.resolve_precision("bf16", fits) == "bf16"
 
 
 def test_processes_that_cannot_find_each_other_are_refused(monkeypatch, tmp_path):

@@ -13,8 +13,19 @@ from tests.conftest import ROOT, TINY_RUN
 from training.files import read_lines
 
 LAUNCHERS = {"python": (), "accelerate": ("-m", "accelerate.commands.launch")}
-# A clustering and phases long enough to be met in the middle.
-SLOW = ["--proxy.epochs", "8", "--relearn.epochs", "8", "--clusters.restarts", "150", "--checkpoint_every", "3"]
+# A clustering and phases long enough to be met in the middle, at a size that allows bf16 where there are units for it.
+SLOW = [
+    "--proxy.epochs",
+    "8",
+    "--relearn.epochs",
+    "8",
+    "--clusters.restarts",
+    "150",
+    "--checkpoint_every",
+    "3",
+    "--data.size",
+    "32",
+]
 
 
 def start(launcher, folder, data):
@@ -118,8 +129,9 @@ def test_a_trainer_whose_launcher_was_terminated_checkpoints_and_ends(picture_fo
 def test_a_run_folder_in_use_is_refused(picture_folder, tmp_path):
     process = start("python", tmp_path / "run", picture_folder)
     wait_for(lambda: steps(tmp_path / "run", "proxy") >= 1, process)
+    os.killpg(process.pid, signal.SIGSTOP)  # it cannot end before the second has started, however slow that is
     second = start("python", tmp_path / "run", picture_folder)
-    _, error = second.communicate(timeout=60)
+    _, error = second.communicate(timeout=240)
     end(process)
     assert second.returncode == 2
     assert "in use by another process" in error

@@ -137,10 +137,11 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
         The run folder, which gets best/ and last/.
     """
     folder = run_folder(name, settings)
-    precision = launch.resolve_precision(settings.precision)
     key = Key(settings.seed, "finetune")
     seed_all(key.number("weights"))
     network = B.create(Model(name, pretrained=not settings.scratch), None)
+    size = network.pretrained_cfg["input_size"][-1]
+    precision = launch.resolve_precision(settings.precision, B.at_least_a_pixel(network, size))
     accelerator = launch.start(precision, settings.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, settings.log.every, settings.checkpoint_every)
     lock = lock_folder(folder) if context.main else None

@@ -253,7 +253,7 @@ class Running:
     seed: NonNegativeInt = 0
     """Seed of everything but the data's splits."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of training; auto: bf16 where the device has units for it, else fp16 on CUDA, else fp32."""
+    """Arithmetic of training; auto: bf16 where the device does it well, else fp16 on CUDA, else fp32."""
     checkpoint_every: PositiveInt = 500
     """Steps between two checkpoints."""
     log: Log = field(default_factory=Log)
