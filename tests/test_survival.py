@@ -15,17 +15,9 @@ from training.files import read_lines
 LAUNCHERS = {"python": (), "accelerate": ("-m", "accelerate.commands.launch")}
 # A clustering and phases long enough to be met in the middle, at a size that allows bf16 where there are units for it.
 SLOW = [
-    "--proxy.epochs",
-    "8",
-    "--relearn.epochs",
-    "8",
-    "--clusters.restarts",
-    "150",
-    "--checkpoint_every",
-    "3",
-    "--data.size",
-    "32",
-]
+    "--proxy.epochs", "8", "--relearn.epochs", "8", "--clusters.restarts", "150", "--checkpoint_every", "3",
+    "--data.size", "32",
+]  # fmt: skip
 
 
 def start(launcher, folder, data):
