@@ -101,7 +101,7 @@ def resolve_stage(network: nn.Module, stage: int, field: str) -> int:
 
 
 def at_least_a_pixel(network: nn.Module, size: int) -> bool:
-    """Whether images of `size` px are not smaller than the network's last stride."""
+    """Whether images of `size` px are at least as large as the network's last stride."""
     return size >= network.feature_info[-1]["reduction"]
 
 

@@ -139,8 +139,7 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
     folder = Path(recipe.run)
     recipe = copy.deepcopy(recipe)
     network = B.create(recipe.model, recipe.data.size, pretrained=False)
-    fits = B.at_least_a_pixel(network, recipe.data.size)
-    recipe.precision = setup.run_precision(recipe.precision, folder, fits)
+    recipe.precision = setup.run_precision(recipe, network)
     accelerator = launch.start(recipe.precision, None, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     lock = lock_folder(folder) if context.main else None

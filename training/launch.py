@@ -90,7 +90,7 @@ def resolve_precision(precision: str, at_least_a_pixel: bool) -> str:
 
     Args:
         precision: what was asked for.
-        at_least_a_pixel: no stride of the network is larger than the images.
+        at_least_a_pixel: the images are at least as large as the network's last stride.
     """
     if precision != "auto":
         return precision

@@ -99,7 +99,7 @@ def prepare(
     proxy = proxies.find(recipe.proxy)
     proxies.options(recipe.proxy)
     network = B.create(recipe.model, recipe.data.size, pretrained=False)
-    recipe.precision = run_precision(recipe.precision, folder, B.at_least_a_pixel(network, recipe.data.size))
+    recipe.precision = run_precision(recipe, network)
     relearn.split(network, recipe.relearn, recipe.data.size)
     B.resolve_stage(network, recipe.clusters.stage, "clusters.stage")
     for marker in folder.glob("*/*.json"):
@@ -136,13 +136,13 @@ def refuse_other(marker: Path, read: dict[str, Any]) -> None:
             )
 
 
-def run_precision(asked: str, folder: Path, at_least_a_pixel: bool) -> str:
+def run_precision(recipe: Recipe, network: nn.Module) -> str:
     """`auto` as the run folder has it, so that a run goes on as it began, else as the device likes it."""
-    before = folder / "recipe.yaml"
+    asked, before = recipe.precision, Path(recipe.run) / "recipe.yaml"
     if asked == "auto" and before.exists():
         lines = before.read_text(encoding="utf-8").splitlines()
         asked = next((line.split(": ")[1] for line in lines if line.startswith("precision: ")), asked)
-    return resolve_precision(asked, at_least_a_pixel)
+    return resolve_precision(asked, B.at_least_a_pixel(network, recipe.data.size))
 
 
 def load_images(recipe: Recipe, network: nn.Module, context: Context) -> tuple[Images, Images | None]:
