@@ -29,6 +29,7 @@ from training import launch
 from training.command import guarded
 from training.images import Images
 from training.loop import Context
+from training.pixels import Pixels
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,8 +46,7 @@ def make_images(count=40, side=20, size=16, classes=4, labelled=True, seed=0):
     held_out = torch.zeros(count, dtype=torch.bool)
     held_out[:: max(2, count // 8)] = True
     return Images(
-        pixels=pixels,
-        sides=torch.full((count,), side),
+        pixels=Pixels.of(pixels),
         labels=labels if labelled else None,
         label_names=[f"class {i}" for i in range(classes)] if labelled else None,
         paths=[f"{i}.png" for i in range(count)],
@@ -85,7 +85,7 @@ def picture_folder(tmp_path_factory):
         for i in range(count):
             path = folder / split / images.label_names[images.labels[i]] / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy()).save(path)
+            Image.fromarray(images.pixels.picture(i).permute(1, 2, 0).numpy()).save(path)
     return folder
 
 

@@ -1,10 +1,12 @@
 """Backbones of many families: stages, features, low and high, a fresh high part, folders that timm loads."""
 
+import dataclasses
 import itertools
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
 
 from tests.conftest import make_images
@@ -175,6 +177,21 @@ def test_a_frozen_low_part_takes_its_dropout_along_and_leaves_the_high_part_alon
     images = make_images()
     B.extract(network, images, images.all, context.accelerator, 16)
     assert [module.training for module in network.modules()] == modes
+
+
+def test_a_folder_that_lacks_weights_is_not_loaded(tmp_path):
+    B.save(B.create(Model("test_resnet"), 16), tmp_path, make_images())
+    state = load_file(tmp_path / "model.safetensors")
+    state.pop("layer3.0.conv1.weight")
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"layer3\.0\.conv1\.weight"):
+        B.load(tmp_path)
+
+
+def test_what_white_was_is_kept_with_a_backbone(tmp_path):
+    for white in (None, 4095.0):
+        B.save(B.create(Model("test_resnet"), 16), tmp_path, dataclasses.replace(make_images(), white=white))
+        assert B.white_of(B.load(tmp_path)) == white
 
 
 def test_the_fingerprint_of_tensors_is_of_names_types_shapes_and_contents():

@@ -3,10 +3,13 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.decomposition import PCA
+from sklearn.metrics import normalized_mutual_info_score
 
 from tests.conftest import make_images
 from training import backbone as B
@@ -14,6 +17,7 @@ from training import clusters as C
 from training import recipe
 from training.files import Refused
 from training.launch import Key
+from training.pixels import Pixels
 from training.proxies.rotation import Rotation
 from training.recipe import Clusters, Model
 
@@ -75,7 +79,7 @@ def test_features_are_averaged_over_the_nuisance_views(tiny, context):
 
 def test_averaged_features_do_not_know_the_rotation(tiny, context):
     turned = make_images()
-    turned.pixels = torch.rot90(turned.pixels, 1, (2, 3))
+    turned.pixels = Pixels.of(torch.rot90(turned.pixels.stacked, 1, (2, 3)))
     one = C.averaged(network(), tiny, 2, Rotation.nuisance, context, 16)[0]
     other = C.averaged(network(), turned, 2, Rotation.nuisance, context, 16)[0]
     assert torch.allclose(one, other, atol=1e-4)
@@ -100,7 +104,7 @@ def test_what_a_round_averages_over(changes, expected):
 
 
 def test_files_tell_every_images_label_and_distance(tiny, context, tmp_path):
-    tiny.sides[[3, 10]] = 0
+    tiny.pixels.heights[[3, 10]] = 0
     report = make(tiny, context, tmp_path / "round_1")
     table = pq.read_table(tmp_path / "round_1" / "labels.parquet")
     assert table.column_names == ["index", "path", "label_3", "distance_3", "label_5", "distance_5"]
@@ -113,7 +117,9 @@ def test_files_tell_every_images_label_and_distance(tiny, context, tmp_path):
     known = labels[tiny.train]
     assert report["3"]["sizes"] == np.bincount(known[:, 0], minlength=3).tolist()
     assert json.dumps(report)
-    for told in report.values():
+    classes = C.against_classes(tmp_path / "round_1" / "labels.parquet", tiny)
+    for k, told in report.items():
+        told |= classes[k]
         assert {"inertia", "agreement_of_seeds", "agreement_of_views", "nmi", "purity", "repaired"} <= told.keys()
         assert all(0 <= told[name] <= 1 for name in ("agreement_of_seeds", "agreement_of_views", "nmi", "purity"))
 
@@ -162,3 +168,69 @@ def test_more_clusters_than_images_and_labels_that_are_not_there_are_refused(tin
         C.check(Clusters(k=[3, 99]), tiny)
     with pytest.raises(Refused, match=r"clusters\.source"):
         C.check(Clusters(source="labels"), make_images(labelled=False))
+
+
+def test_held_out_images_are_assigned_and_never_fitted(tiny, context, tmp_path):
+    make(tiny, context, tmp_path / "a")
+    changed = make_images()
+    noise = torch.rand(changed.pixels.stacked.shape, generator=torch.Generator().manual_seed(5))
+    changed.pixels.stacked[changed.val] = (255 * noise).byte()[changed.val]
+    make(changed, context, tmp_path / "b")
+    one, other = (load_file(tmp_path / name / "clusters.safetensors") for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    labels, _ = C.read_labels(tmp_path / "b" / "labels.parquet")
+    assert (labels[changed.val] >= 0).all()
+
+
+def test_classes_are_compared_on_training_images_alone(tiny, context, tmp_path):
+    make(tiny, context, tmp_path / "a")
+    path = tmp_path / "a" / "labels.parquet"
+    told = C.against_classes(path, tiny)
+    column = C.read_labels(path)[0][tiny.train, 0].numpy()
+    assert told["3"]["nmi"] == pytest.approx(normalized_mutual_info_score(column, tiny.labels[tiny.train].numpy()))
+    tiny.labels[tiny.val] = 0
+    assert C.against_classes(path, tiny) == told
+
+
+def test_distances_are_one_minus_the_cosine_to_the_own_centroid(tiny, context, tmp_path):
+    make(tiny, context, tmp_path / "a")
+    saved = load_file(tmp_path / "a" / "clusters.safetensors")
+    features = C.averaged(network(), tiny, 3, Rotation.nuisance, context, 16)[0]
+    rows = C.Whitening(saved["mean"], saved["projection"])(features)
+    table = pq.read_table(tmp_path / "a" / "labels.parquet")
+    for row, label, distance in zip(rows, *(table[n].to_pylist() for n in ("label_5", "distance_5")), strict=True):
+        assert distance == pytest.approx(1 - float(row @ saved["centroids_5"][label]), abs=1e-5)
+
+
+def test_agreements_compare_two_runs_and_two_views(context, tmp_path, monkeypatch):
+    images = make_images(120, seed=3)
+    noise = torch.rand(images.pixels.stacked.shape, generator=torch.Generator().manual_seed(4))
+    images.pixels.stacked.copy_((255 * noise).byte())
+    made = []
+    real = C.kmeans
+    monkeypatch.setattr(C, "kmeans", lambda *args: made.append(real(*args)) or made[-1])
+    told = make(images, context, tmp_path / "a", k=[8])["8"]
+    saved = load_file(tmp_path / "a" / "clusters.safetensors")
+    whiten = C.Whitening(saved["mean"], saved["projection"])
+    train = ~images.held_out
+    mean, first, last = (whiten(x)[train] for x in C.averaged(network(), images, 3, Rotation.nuisance, context, 16))
+    best, second = (run.centroids for run in made[0][:2])
+
+    def labels(rows, centroids):
+        return [max(range(8), key=lambda k: float(row @ centroids[k])) for row in rows]
+
+    seeds = normalized_mutual_info_score(labels(mean, best), labels(mean, second))
+    views = normalized_mutual_info_score(labels(first, best), labels(last, best))
+    assert told["agreement_of_seeds"] == pytest.approx(seeds)
+    assert told["agreement_of_views"] == pytest.approx(views)
+    assert seeds < 0.99 > views
+
+
+def test_the_farthest_of_each_cluster_are_dropped(tmp_path):
+    distances = np.array([0.1, 0.5, 0.3, 0.9, 0.2, 0.4, 0.8, 0.6, 0.7, 0.05], np.float32)
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1], np.int32)
+    pq.write_table(pa.table({"label_2": labels, "distance_2": distances}), tmp_path / "labels.parquet")
+    kept, _ = C.read_labels(tmp_path / "labels.parquet", drop=0.5)
+    assert kept[:, 0].tolist() == [0, -1, 0, -1, 1, 1, -1, -1, -1, 1]
+    assert C.read_labels(tmp_path / "labels.parquet")[0][:, 0].tolist() == labels.tolist()

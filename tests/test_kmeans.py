@@ -70,6 +70,16 @@ def test_empty_clusters_are_repaired(accelerator, monkeypatch):
     assert len(labels.unique()) == 5
 
 
+def test_each_empty_cluster_is_given_another_row(accelerator, monkeypatch):
+    x = torch.nn.functional.normalize(torch.eye(6) + 0.01, dim=1)
+    import training.kmeans as K
+
+    monkeypatch.setattr(K, "_seed", lambda rows, k, generator, accelerator: rows[:1].repeat(k, 1))
+    run = K.kmeans(x, 4, 0, 1, accelerator)[0]
+    assert run.repaired == 3
+    assert len({tuple(c.tolist()) for c in run.centroids}) == 4
+
+
 def test_as_many_clusters_as_rows_and_equal_rows_are_served(accelerator):
     x, _ = rows(12, spread=0.5)
     assert kmeans(x, 12, 0, 50, accelerator)[0].inertia == pytest.approx(0, abs=1e-5)

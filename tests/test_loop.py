@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from tests.conftest import make_images
+from training import backbone as B
 from training import launch, loop
 from training.checkpoints import Checkpoints
 from training.files import Failed, Refused, read_lines
 from training.launch import Interrupted, Key
 from training.loop import Context
-from training.recipe import Schedule, Views
+from training.recipe import Model, Schedule, Views
 from training.task import BackboneTask, Task
 
 KEY = Key(0, "proxy")
@@ -272,6 +273,61 @@ def test_operations_are_counted_without_touching_the_task(context):
     assert loop.count_flops(task, batch) == 2 * 3 + 2 * 3
     assert all(torch.equal(before[k], v) for k, v in task.state_dict().items())
     assert all(p.grad is None for p in task.parameters())
+
+
+def test_attention_counts_on_every_device():
+    images = make_images(size=16)
+    network = B.create(Model("test_vit", args={"img_size": 16}), 16)
+    block = network.blocks[0]
+    tokens, width = network.pos_embed.shape[1:]
+    with B.counting_flops() as counter, torch.no_grad():
+        block.attn(torch.zeros(1, tokens, width))
+    dense = 2 * tokens * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel())
+    assert counter.get_total_flops() == dense + 2 * 2 * tokens * tokens * width  # queries by keys, weights by values
+    assert len(images) == 40
+
+
+def test_the_recipes_momentum_and_weight_decay_are_the_optimisers():
+    optimizer = loop.make_optimizer(make(), Schedule(momentum=0.7, weight_decay=0.03, lr=0.2))
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.7}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.2}
+    decays = {tuple(p.shape): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {(1, 3): 0.03, (1,): 0.0}
+    # one step of SGD with Nesterov's momentum, by hand
+    weight = optimizer.param_groups[0]["params"][0]
+    for group in optimizer.param_groups:
+        weight = next((p for p in group["params"] if p.ndim > 1), weight)
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    gradient = 1 + 0.03 * before
+    assert torch.allclose(weight, before - 0.2 * (gradient + 0.7 * gradient), atol=1e-6)
+
+
+def test_what_a_network_exempts_does_not_decay():
+    images = make_images()
+    network = B.create(Model("test_vit", args={"img_size": 16}), 16)
+    task = BackboneTask(network, Schedule(views=CALM), images)
+    spared = {id(p) for g in task.parameter_groups(0.1) if g["weight_decay"] == 0 for p in g["params"]}
+    names = {name for name, p in network.named_parameters() if id(p) in spared}
+    assert {"pos_embed", "cls_token"} <= names
+    assert "blocks.0.attn.qkv.weight" not in names
+    assert "blocks.0.attn.qkv.bias" in names
+
+
+@pytest.mark.parametrize(("warmup", "peak_at"), [(1.0, 3), (0.25, 1), (0.0, 0)])
+def test_warm_up_is_at_most_a_tenth_of_the_whole(context, warmup, peak_at):
+    run(make(), context, epochs=7.5, warmup=warmup)  # 4 steps an epoch, 30 in all
+    rates = [row["lr"] for row in read_lines(context.folder / "metrics.jsonl")]
+    assert len(rates) == 30
+    assert rates == [pytest.approx(loop.learning_rate(step, 30, peak_at, 0.1)) for step in range(30)]
+
+
+def test_what_steps_cost_is_counted(context):
+    run(make(), context, epochs=2)
+    steps = 8
+    assert context.budget["images"] == steps * 8
+    assert context.budget["flops"] == pytest.approx(steps * 8 * 12)  # as the test above counts an image
 
 
 def test_draws_and_order_are_functions_of_seed_phase_round_and_step():

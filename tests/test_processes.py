@@ -29,7 +29,7 @@ def runs(picture_folder, tmp_path_factory):
             "training", *TINY_RUN, *PLAIN, "--data.path", picture_folder, "--run", folders[name], launcher=launcher
         )
         assert done.returncode == 0, done.stderr
-        assert f"processes {1 if name == 'one' else 2};" in done.stdout.splitlines()[0]
+        assert f"processes {1 if name == 'one' else 2};" in done.stdout.splitlines()[1]
         assert len([line for line in done.stdout.splitlines() if "processes" in line]) == 1
     return folders
 

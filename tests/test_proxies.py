@@ -8,7 +8,8 @@ from training import backbone as B
 from training import loop, proxies, views
 from training.files import Refused
 from training.launch import Key
-from training.recipe import Model, Proxy, Schedule
+from training.proxies.rotation import Rotation
+from training.recipe import Model, Proxy, Schedule, Views
 
 
 def build(images, name="test_resnet", **settings):
@@ -21,7 +22,7 @@ def test_rotation_is_the_cross_entropy_over_four_turns(tiny, context):
     batch = loop.draw_batch(tiny, tiny.train, Schedule(batch_size=8), Key(0, "proxy"), 0, 0, context.accelerator)
     got = task(batch)
     again = loop.draw_batch(tiny, tiny.train, Schedule(batch_size=8), Key(0, "proxy"), 0, 0, context.accelerator)
-    images = views.random_views(task.views, again.pixels, again.sides, again.draws, tiny.size)
+    images = views.random_views(task.views, again.pixels, again.sizes, again.draws, tiny.size)
     quarters = again.draws.integers(4)
     total, hits = 0.0, 0
     for image, quarter in zip(images.double(), quarters.tolist(), strict=True):
@@ -38,7 +39,7 @@ def test_rotation_is_the_cross_entropy_over_four_turns(tiny, context):
 def test_rotation_is_learned(context):
     images = make_images(160)
     # A bright corner tells which side is up.
-    images.pixels[:, :, :7, :7] = 255
+    images.pixels.stacked[:, :, :7, :7] = 255
     task = build(images, epochs=6, batch_size=16, lr=0.05)
     task.views.flip = 0.0
     loop.train(task, images, images.train, Proxy(epochs=6, batch_size=16, lr=0.05), Key(0, "proxy"), context, "x")
@@ -57,6 +58,39 @@ def test_the_first_nuisance_view_changes_nothing_and_all_differ(name):
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
     turned = [view(batch) for view in proxies.PROXIES[name].residue]
     assert all(not torch.equal(a, b) for i, a in enumerate(turned) for b in turned[:i])
+
+
+def test_rotations_of_every_side_are_asked_about_and_measured(tiny, context):
+    batch = torch.rand(2, 3, 8, 8)
+    expected = [torch.rot90(batch, quarter, (2, 3)) for quarter in range(4)]
+    for found, turned in zip(Rotation.residue, expected, strict=True):
+        assert torch.equal(found(batch), turned)
+    for found, turned in zip(
+        Rotation.nuisance, expected + [torch.rot90(batch.flip(3), q, (2, 3)) for q in range(4)], strict=True
+    ):
+        assert torch.equal(found(batch), turned)
+    task, asked = build(tiny), []
+    task.head = torch.nn.Identity()
+    task.embed = lambda images: torch.zeros(len(images), 4, requires_grad=True)
+    for step in range(40):
+        drawn = loop.draw_batch(tiny, tiny.train, Schedule(batch_size=8), Key(0, "proxy"), step, 0, context.accelerator)
+        before = views.random_views(
+            task.views, drawn.pixels, drawn.sizes, views.Draws(Key(0, "proxy").number("views", step), 8), 16
+        )
+        seen = []
+        task.embed = lambda images, seen=seen: seen.append(images) or torch.zeros(len(images), 4, requires_grad=True)
+        task(drawn)
+        for one, other in zip(seen[0], before, strict=True):
+            asked += [q for q in range(4) if torch.allclose(one, torch.rot90(other, q, (1, 2)), atol=1e-6)][:1]
+    counts = torch.bincount(torch.tensor(asked), minlength=4)
+    assert len(asked) == 320
+    assert counts.min() > 50
+
+
+def test_a_rotation_whose_views_turn_is_refused(tmp_path):
+    with pytest.raises(Refused, match=r"proxy\.views\.turn: rotation asks about it"):
+        proxies.check(Proxy(views=Views(turn=0.5)))
+    proxies.check(Proxy(views=Views(turn=0.5), epochs=0))
 
 
 def test_an_mlp_and_an_average_come_with_the_schedule(tiny):

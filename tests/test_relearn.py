@@ -51,7 +51,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_heads(tiny, context):
     images = [loop.draw_batch(tiny, tiny.train, settings(), KEY, 0, 0, context.accelerator) for _ in range(2)]
     got = task(images[0])
     batch = images[1]
-    seen = views.random_views(task.views, batch.pixels, batch.sides, batch.draws, 16).double()
+    seen = views.random_views(task.views, batch.pixels, batch.sizes, batch.draws, 16).double()
     hidden = task.mlp(task.network((seen - task.mean.view(3, 1, 1)) / task.std.view(3, 1, 1)))
     losses = []
     for head, column, classes in zip(task.heads, (0, 1), (4, 2), strict=True):
@@ -69,6 +69,37 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_heads(tiny, context):
     ours = torch.autograd.grad(got["loss"], parameters)
     theirs = torch.autograd.grad(expected, parameters)
     assert all(torch.allclose(a, b.to(a.dtype), atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_loss_of_a_step_does_not_depend_on_how_it_is_split(tiny, context):
+    labels = pseudo_labels(tiny)
+    labels[tiny.train[::3]] = -1
+    labels[tiny.train[1:12], 1] = -1
+    low = B.low_names(network(), 2, 16)
+
+    def gradient(accumulate):
+        torch.manual_seed(3)
+        task = R.Relearn(network(), low, labels, [4, 2], settings(), tiny, 0).double().eval()
+        loss = 0.0
+        for part in range(accumulate):
+            chosen = settings(batch_size=24, accumulate=accumulate)
+            batch = loop.draw_batch(tiny, tiny.train, chosen, KEY, 0, part, context.accelerator)
+            one = task(batch)["loss"] / accumulate
+            one.backward()
+            loss += one.item()
+        return loss, task.heads[1].weight.grad
+
+    whole, gradients = gradient(1)
+    for accumulate in (2, 4):
+        split, parts = gradient(accumulate)
+        assert split == pytest.approx(whole, rel=1e-6)
+        assert torch.allclose(parts, gradients, atol=1e-7)
+
+
+def test_a_drop_that_may_leave_less_than_a_batch_is_refused(tiny):
+    R.check(settings(drop=0.5, batch_size=16), tiny)
+    with pytest.raises(Refused, match=r"relearn\.drop: 0\.9 may leave 4 of 32"):
+        R.check(settings(drop=0.9, batch_size=8), tiny)
 
 
 def test_a_batch_without_any_label_has_no_loss(tiny, context):

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 
-from tests.conftest import ROOT, TINY_RUN, call
+from tests.conftest import ROOT, TINY_RUN, call, write_png
 from training import embed, recipe, records
 from training import run as R
 from training.__main__ import main
@@ -36,8 +37,9 @@ def test_a_folder_of_images_becomes_a_run_folder(finished):
     } <= names  # fmt: skip
     assert not [name for name in names if ".tmp" in name or ".old" in name]
     assert len(list((folder / "checkpoints").iterdir())) == 2
-    first = done.stdout.splitlines()[0]
-    assert re.search(r"fp32; processes 1; threads \d+; batch 8; images 38 \(\+ 10 held out, 0 bad\); .* MB in", first)
+    first, second = done.stdout.splitlines()[:2]
+    assert first == "train: training (48 read); test: test (16 read)"
+    assert re.search(r"fp32; processes 1; threads \d+; batch 8; images 38 \(\+ 10 held out\), .* MB in", second)
 
 
 def test_the_report_shows_every_arm_and_the_lines_of_python_work(finished, tmp_path):
@@ -172,7 +174,7 @@ def test_a_second_round_is_added_to_a_finished_run(finished, picture_folder, tmp
         (["--proxy.batch_size", "64"], 2, "proxy.batch_size"),
         (["--data.size", "18"], 2, "size"),
         (["--data.limit", "30"], 2, "images"),
-        (["--data.test_split", "exam"], 2, "data.split"),
+        (["--data.test_split", "exam"], 2, "data.test_split"),
         (["--precision", "fp16"], 2, "precision"),
     ],
 )
@@ -185,6 +187,46 @@ def test_what_cannot_work_is_refused_before_anything_runs(finished, picture_fold
     assert named in done.stderr
     names = {path: path.stat().st_mtime_ns for path in before}
     assert {p for p in before if names[p] != before[p]} <= {folder / "bad_images.txt"}
+
+
+def test_a_refused_request_leaves_nothing_behind(picture_folder, tmp_path):
+    folder = tmp_path / "runs" / "mine"
+    done = train(folder, picture_folder, "--proxy.batch_size", "64")
+    assert (done.returncode, "proxy.batch_size: 64 is more than the 38" in done.stderr) == (2, True)
+    assert not (tmp_path / "runs").exists()
+    assert train(folder, picture_folder, "--data.limit", "40", "--relearn.rounds", "0").returncode == 0
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert train(folder, picture_folder, "--data.limit", "41").returncode == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+
+
+def test_true_labels_that_change_are_noticed_where_they_are_used(tmp_path):
+    data, pixels = tmp_path / "data", np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3))
+    for i, pixel in enumerate(pixels):
+        write_png(data / f"{i:02d}.png", pixel)
+    table = tmp_path / "t.csv"
+
+    def labels(words):
+        table.write_text("file,label\n" + "".join(f"{i:02d}.png,{words[i % len(words)]}\n" for i in range(40)))
+
+    options = ["--data.labels", table, "--proxy.epochs", "0", "--relearn.epochs", "1"]
+    labels("ab")
+    assert train(tmp_path / "run", data, *options).returncode == 0
+    told = {
+        r["metric"]: r["value"] for r in records.read(tmp_path / "run" / "records.jsonl") if r["protocol"] == "clusters"
+    }
+    labels("aab")
+    assert train(tmp_path / "run", data, *options).returncode == 0  # pseudo-labels are none of theirs
+    again = {
+        r["metric"]: r["value"] for r in records.read(tmp_path / "run" / "records.jsonl") if r["protocol"] == "clusters"
+    }
+    assert told["inertia"] == again["inertia"]
+    assert told["nmi"] != again["nmi"]
+    options += ["--clusters.source", "labels"]
+    assert train(tmp_path / "taught", data, *options).returncode == 0
+    labels("ab")
+    changed = train(tmp_path / "taught", data, *options)
+    assert (changed.returncode, changed.stderr.startswith("error: labels: ")) == (2, True)
 
 
 def test_images_without_labels_and_odd_files_go_through(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from training import views as V
@@ -16,7 +16,7 @@ def pixels(count=24, side=37):
 
 
 def drawn(views, count=24, side=37, seed=0):
-    return V.draw(views, torch.full((count,), side), V.Draws(seed, count))
+    return V.draw(views, torch.full((count, 2), side), V.Draws(seed, count))
 
 
 def reference(image, rows, i, size):
@@ -95,6 +95,45 @@ def test_each_kind_of_view_is_drawn_about_as_often_as_asked():
     assert set(map(tuple, rows.order.tolist())).__len__() == 24
 
 
+def test_jitter_brightens_as_often_as_it_darkens():
+    factor = drawn(ALL, 4000).factor
+    for number, strength in enumerate((0.4, 0.4, 0.4)):
+        values = factor[:, number]
+        assert abs(values.mean() - 1) < 0.02
+        assert (values.min() < 1 - 0.95 * strength) & (values.max() > 1 + 0.95 * strength)
+    hue = factor[:, 3]
+    assert (abs(hue.mean()) < 0.02) & (hue.min() < -0.28) & (hue.max() > 0.28)
+
+
+def test_crops_are_upright_as_often_as_wide_and_of_every_area():
+    for size, square in (((40, 40), True), ((40, 60), False), ((60, 40), False)):
+        rows = V.draw(Views(crop_scale=(0.2, 0.6)), torch.tensor([size]).expand(6000, 2), V.Draws(0, 6000))
+        top, left, height, width = rows.box.double().T
+        area = height * width / (size[0] * size[1])
+        assert (area.min() < 0.23) & (area.max() > 0.57) & (abs(area.mean() - 0.4) < 0.02)
+        ratio = (width / height).log()
+        assert (ratio.min() < -0.25) & (ratio.max() > 0.25)
+        assert abs((height > width).double().mean() - (width > height).double().mean()) < (0.05 if square else 0.1)
+        assert (top + height).max() == size[0]
+        assert (left + width).max() == size[1]
+        assert top.min() == left.min() == 0
+
+
+def test_where_no_crop_fits_it_is_the_largest_of_an_allowed_ratio_in_the_middle():
+    for size, expected in (((10, 60), [0, 23, 10, 13]), ((60, 10), [23, 0, 13, 10])):
+        rows = V.draw(Views(crop_scale=(1.0, 1.0)), torch.tensor([size]).expand(8, 2), V.Draws(0, 8))
+        assert rows.box.tolist() == [expected] * 8
+        theirs = RandomResizedCrop.get_params(torch.zeros(3, *size), [1.0, 1.0], [0.75, 4 / 3])
+        assert [*theirs] == expected
+
+
+def test_turns_are_of_every_side():
+    turns = drawn(ALL, 4000).turn
+    counts = torch.bincount(turns, minlength=4).tolist()
+    assert len(counts) == 4
+    assert min(counts[1:]) > 550 < max(counts[1:]) < 780
+
+
 def test_draws_do_not_depend_on_how_the_batch_is_split():
     whole = V.Draws(5, 12)
     parts = [V.Draws(5, 12, start, start + 3) for start in range(0, 12, 3)]
@@ -118,10 +157,10 @@ def test_small_images_of_a_batch_are_cropped_within_their_own_side():
     batch[1, :, 10:] = 255
     batch[1, :, :, 10:] = 255
     batch[1, :, :10, :10] = 7
-    sides = torch.tensor([20, 10])
-    rows = V.draw(without(crop_scale=(0.2, 1.0)), sides, V.Draws(0, 2))
+    sizes = torch.tensor([[20, 20], [10, 10]])
+    rows = V.draw(without(crop_scale=(0.2, 1.0)), sizes, V.Draws(0, 2))
     assert torch.allclose(V.apply(batch, rows, 16)[1], torch.tensor(7 / 255))
-    assert torch.allclose(V.plain(batch, sides, 0.9, 16)[1], torch.tensor(7 / 255))
+    assert torch.allclose(V.plain(batch, sizes[:, 0], 0.9, 16)[1], torch.tensor(7 / 255))
 
 
 def test_familiar_views_are_the_image_its_mirror_image_and_its_corners():

@@ -5,9 +5,11 @@ arm that clusters less gets the difference as extra steps.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import proxies
 from .clusters import averaging, views_of
 from .recipe import Recipe, Schedule
 from .views import View
@@ -132,8 +134,9 @@ UNTUNED = ("random", "proxy_short")  # nothing of theirs has a learning rate of 
 
 
 def strong(recipe: Recipe) -> None:
-    """Give the proxy the views of phase 3."""
-    recipe.proxy.views = copy.deepcopy(recipe.relearn.views)
+    """Give the proxy the views of phase 3, but for what it asks about."""
+    own = {name: getattr(recipe.proxy.views, name) for name in proxies.find(recipe.proxy).asked}
+    recipe.proxy.views = dataclasses.replace(recipe.relearn.views, **own)
 
 
 def head(recipe: Recipe) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors.torch import save_file
 from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,6 +68,15 @@ def _why_not(model: Model, error: Exception) -> str:
         return f"model.name: timm has no model {model.name!r}" + (f"; did you mean {', '.join(near)}?" if near else ".")
     field = "model.args" if isinstance(error, TypeError) else "model.name"
     return f"{field}: timm cannot build {model.name} with {model.args}: {text[:300]}"
+
+
+WHITE = "white "  # begins the note of a pretrained_cfg that tells what more than 8 bits were scaled by
+
+
+def white_of(network: nn.Module) -> float | None:
+    """What of more than 8 bits was white where a saved backbone was trained; None if nothing had more."""
+    notes = network.pretrained_cfg.get("notes") or ()
+    return next((float(note.removeprefix(WHITE)) for note in notes if note.startswith(WHITE)), None)
 
 
 def as_seen_by(network: nn.Module, images: Images, own_crop: bool = False) -> Images:
@@ -122,7 +133,8 @@ def plain_batch(
 ) -> Tensor:
     """Un-augmented images, normalised, on the device; `view` changes them, [B, 3, H, W] in [0, 1], before that."""
     mean, std = (torch.tensor(x, device=device) for x in (images.mean, images.std))
-    batch = views.plain(images.pixels[indices].to(device), images.sides[indices], images.crop_pct, images.size)
+    squares = images.pixels.squares(indices).to(device)
+    batch = views.plain(squares, images.sides[indices], images.crop_pct, images.size)
     return views.normalize(view(batch) if view else batch, mean, std)
 
 
@@ -178,9 +190,24 @@ def extract(
 def forward_flops(network: nn.Module, size: int) -> float:
     """Floating-point operations of one image's forward pass, a multiply-add counting two."""
     device = next(network.parameters()).device
-    with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with evaluating(network), torch.no_grad(), counting_flops() as counter:
         network(torch.zeros(1, 3, size, size, device=device))
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def counting_flops() -> Iterator[FlopCounterMode]:
+    """Count floating-point operations; those of fused attention, too, which torch counts on some devices only."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def unite_norms(module: nn.Module) -> None:
+    """Give every process the main one's statistics of batch norms: each one's have seen other images."""
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            for buffer in norm.buffers():
+                broadcast(buffer)
 
 
 def low_names(network: nn.Module, stage: int, size: int) -> set[str]:
@@ -261,7 +288,7 @@ def estimate_norm(network: nn.Module, images: Images, device: torch.device, batc
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
         norm.train()
-    for part in images.train[:most].split(batch_size):
+    for part in images.sample(images.train, most).split(batch_size):
         if len(part) > 1:
             network(plain_batch(images, part, device))
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -300,6 +327,7 @@ def save(network: nn.Module, folder: Path, images: Images, tag: str = "", licens
         "first_conv": expects["first_conv"],
         "classifier": source.get("classifier"),
         "license": license or None,
+        "notes": [f"{WHITE}{images.white:g}"] if images.white else None,
     }
     description = {
         "architecture": source["architecture"],

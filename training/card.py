@@ -94,9 +94,9 @@ def result(record: dict[str, Any], dataset: str | None) -> EvalResult:
 
 def what(recipe: Recipe, records: report.Records, arm: str) -> str:
     """What the model is, and what it was trained on."""
-    images = recipe.card.dataset or Path(recipe.data.path).name
+    images = recipe.card.dataset or recipe.data.called
     if recipe.data.limit:
-        images = f"{recipe.data.limit:,} images of {images}, {recipe.data.val_fraction:.0%} of them held out"
+        images = f"{recipe.data.limit:,} images of {images}, {recipe.data.held_out:.0%} of them held out"
     relearn, name = recipe.relearn, short_name(recipe.model.name)
     seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
     origin = f"the weights of {name}, whatever these were trained on" if recipe.model.pretrained else "random weights"
@@ -147,7 +147,7 @@ accelerate launch -m training.finetune hf-hub:{REPOSITORY} --data.path DATA
 
 def protocols(recipe: Recipe) -> str:
     """What the figures are."""
-    held = f"a held-out {recipe.data.val_fraction:.0%} of the training images"
+    held = f"a held-out {recipe.data.held_out:.0%} of the training images"
     return f"""All on frozen features, means over positions. *linear*: logistic regression to convergence, its
 regularisation chosen on {held}; *nearest neighbours*: cosine-weighted votes (Wu et al. 2018); *residue*: a linear probe
 that reads the proxy's own label, where less means that less of the proxy task is left; *RankMe*: effective rank of the

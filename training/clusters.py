@@ -153,7 +153,6 @@ def cluster(
             "repaired": runs[0].repaired,
             "agreement_of_seeds": nmi(labels[chosen], assign(rows[train], second)[0].numpy()),
             "sizes": np.bincount(labels[chosen], minlength=k).tolist(),
-            **against_classes(labels, images, usable, train),
         }
         if len(views) > 1:
             one, other = (assign(x[train], best)[0].numpy() for x in (first, last))
@@ -169,15 +168,17 @@ def cluster(
     return report
 
 
-def against_classes(labels: np.ndarray, images: Images, usable: Tensor, train: Tensor) -> dict[str, float]:
-    """NMI and purity of the training images' pseudo-labels against their classes, where they have any."""
+def against_classes(path: Path, images: Images) -> dict[str, dict[str, float]]:
+    """NMI and purity of the training images' pseudo-labels against their classes, for each k; none without classes."""
     if images.labels is None:
         return {}
-    classes = images.labels[usable].numpy()
-    known = (train.numpy()) & (classes >= 0)
-    if not known.any():
-        return {}
-    return {"nmi": nmi(labels[known], classes[known]), "purity": purity(labels[known], classes[known])}
+    labels, counts = read_labels(path)
+    known = images.train[images.labels[images.train] >= 0]
+    classes, told = images.labels[known].numpy(), {}
+    for k, column in zip(counts, labels[known].numpy().T, strict=True):
+        if len(classes):
+            told[str(k)] = {"nmi": nmi(column, classes), "purity": purity(column, classes)}
+    return told
 
 
 def write_labels(path: Path, images: Images, usable: Tensor, columns: dict[str, np.ndarray]) -> None:

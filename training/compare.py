@@ -17,9 +17,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
 from . import arms as A
 from . import backbone as B
-from . import contrast, launch, proxies, records, setup
+from . import contrast, launch, proxies, records, report, setup
 from .command import Parser, guarded
-from .files import Refused, lock_folder, whole_folder, write_text
+from .files import Refused, lock_folder, nothing_left, whole_folder, write_text
 from .images import Images
 from .loop import Context
 from .recipe import Recipe, from_values, parser, to_yaml
@@ -142,14 +142,16 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
     recipe.precision = setup.run_precision(recipe, network)
     accelerator = launch.start(recipe.precision, None, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
-    lock = lock_folder(folder) if context.main else None
-    images = setup.load_images(recipe, network, context)
-    counts = A.Counts(len(images[0].train), len(images[0].all), proxies.find(recipe.proxy).nuisance)
-    for arm in arms:
-        try:
-            setup.refuse(A.build(arm, recipe, counts), images[0], accelerator.num_processes)
-        except Refused as error:
-            raise Refused(f"arm {arm}: {error}") from error
+    with nothing_left(folder):
+        lock = lock_folder(folder) if context.main else None
+        images = setup.load_images(recipe, network, context)
+        counts = A.Counts(len(images[0].train), len(images[0].all), proxies.find(recipe.proxy).nuisance)
+        for arm in arms:
+            try:
+                setup.refuse(A.build(arm, recipe, counts), images[0], accelerator.num_processes)
+            except Refused as error:
+                raise Refused(f"arm {arm}: {error}") from error
+    context.say(report.splits_line(images[0].account))
     if context.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     this = Comparison(recipe, folder, grid, counts, images, context)

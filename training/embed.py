@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import clusters, images, launch, proxies, recipe
+from . import clusters, images, launch, proxies, recipe, sources
 from .command import Parser, as_timm_names, guarded, model_parser
 from .files import Refused, read_json, sha256_file, whole_file
 from .images import Images
 from .loop import Context
-from .setup import one_process
+from .setup import one_process, scaled_for
 
 ROWS = 8192  # images between two writes
 
@@ -30,7 +30,7 @@ def command() -> Parser:
     parser.add_argument("--clusters", help="A round's folder, runs/NAME/round_N: adds its labels and distances.")
     parser.add_argument("--batch_size", type=int, default=256, help="Images of a forward pass.")
     # The model says the size; nothing is held out, drawn or tested, and what cannot be decoded becomes null.
-    unused = {"size", "limit", "val_fraction", "split_seed", "test_split", "label_column", "max_bad_fraction"}
+    unused = {"size", "limit", "val_fraction", "split_seed", "test_split", "labels", "label_column", "max_bad_fraction"}
     parser.add_class_arguments(recipe.Data, "data", skip=unused)
     return parser
 
@@ -43,8 +43,11 @@ def main(arguments: Sequence[str]) -> None:
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
         context = one_process("embed", Path(scratch), stop)
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
-        data = dataclasses.replace(data, size=network.pretrained_cfg["input_size"][-1], max_bad_fraction=1.0)
-        found = B.as_seen_by(network, images.load(data, data.split, Path(scratch)))
+        size = network.pretrained_cfg["input_size"][-1]
+        data = dataclasses.replace(scaled_for(network, data), size=size, max_bad_fraction=1.0)
+        splits, _ = sources.read(data)
+        split = sources.uses(data, splits).train
+        found = B.as_seen_by(network, images.load(data, {split: splits[split]}, Path(scratch)))
         labels = assign(Path(given.clusters), found, context, given.batch_size) if given.clusters else {}
         network.to(context.accelerator.device)
         write(Path(given.out), network, found, given.stage, labels, context, given.batch_size)

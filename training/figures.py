@@ -47,7 +47,7 @@ def tiles(images: Images, indices: Tensor) -> np.ndarray:
     """Stored images as [n, TILE, TILE, 3] uint8."""
     sides = images.sides[indices]
     whole = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], 1)
-    grown = resized_crop(as_float(images.pixels[indices]), whole, TILE)
+    grown = resized_crop(as_float(images.pixels.squares(indices)), whole, TILE)
     return (grown * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 

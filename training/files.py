@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,6 +99,21 @@ def sha256_file(path: Path) -> str:
 
 def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Remove `folder`, and what had to be made above it, if it was not there before and the block is refused."""
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        yield
+    except Refused:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in new[1:]:
+            with suppress(OSError):  # others may have come to use it
+                path.rmdir()
+        raise
 
 
 def lock_folder(folder: Path) -> IO[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -21,10 +20,10 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import launch, records
+from . import launch, records, report
 from .command import Parser, as_timm_names, guarded, model_parser, short_name
-from .files import Refused, lock_folder, read_json, sha256_file, sha256_json, whole_folder, write_json
-from .images import Images
+from .files import Refused, lock_folder, nothing_left, read_json, sha256_file, sha256_json, whole_folder, write_json
+from .images import Images, write_bad
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
 from .recipe import BelowOne, Data, Model, Running, Schedule, Views, check_data, check_schedule, flatten, named_folder
@@ -144,17 +143,22 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     precision = launch.resolve_precision(settings.precision, B.at_least_a_pixel(network, size))
     accelerator = launch.start(precision, settings.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, settings.log.every, settings.checkpoint_every)
-    lock = lock_folder(folder) if context.main else None
-    accelerator.init_trackers("sslpp", {})
-    splits, indices = load_images(network, settings, context)
-    frozen = check(settings, network, splits["train"], len(indices), accelerator.num_processes)
-    read = reads(settings, network, splits, indices, precision)
-    marker = folder / "finetune.json"
-    if marker.exists():
-        refuse_other(marker, read)
-    elif context.main:
-        write_json(marker, {"read": read})
+    with nothing_left(folder):
+        lock = lock_folder(folder) if context.main else None
+        splits, indices = load_images(network, settings, context)
+        frozen = check(settings, network, splits["train"], len(indices), accelerator.num_processes)
+        read = reads(settings, network, splits, indices, precision)
+        marker = folder / "finetune.json"
+        if marker.exists():
+            refuse_other(marker, read)
     accelerator.wait_for_everyone()
+    if context.main:
+        write_bad(folder, [line for images in splits.values() for line in images.bad])
+        if not marker.exists():
+            write_json(marker, {"read": read})
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("sslpp", {})
+    context.say(report.splits_line(splits["train"].account))
     classes = len(splits["train"].label_names)
     context.say(
         f"{records.device_name(accelerator.device.type)}; {precision}; processes {accelerator.num_processes}; threads "
@@ -177,7 +181,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
 
 def run_folder(name: str, settings: Finetune) -> Path:
     """``--run`` if given, else one named after the model and the data."""
-    return named_folder(settings.run or f"{short_name(name)}_{Path(settings.data.path).stem}_finetune")
+    return named_folder(settings.run or f"{short_name(name)}_{Path(settings.data.called).stem}_finetune")
 
 
 def check(settings: Finetune, network: nn.Module, images: Images, count: int, processes: int) -> set[str]:
@@ -189,7 +193,6 @@ def check(settings: Finetune, network: nn.Module, images: Images, count: int, pr
     Raises:
         Refused: naming the field.
     """
-    check_split(settings.data, images)
     check_fits(settings, count, processes)
     rows = settings.batch_size // (processes * settings.accumulate)
     if (settings.mixup or settings.cutmix) and rows % 2:
@@ -211,7 +214,7 @@ def reads(
     return {
         **own,
         "precision": precision,
-        "seen as": [train.size, *train.mean, *train.std, train.crop_pct],
+        "seen as": [train.size, *train.mean, *train.std, train.crop_pct, train.white],
         "label names": train.label_names,
         "weights": B.fingerprint(network.state_dict()),
         "images": {split: images.fingerprint for split, images in splits.items()},
@@ -225,7 +228,8 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
     Raises:
         Refused: labels are missing, or do not match between the splits.
     """
-    train, test = load_for(network, settings.data, context, own_crop=True)
+    train, test = load_for(network, settings.data, context, own_crop=True, tuning=True)
+    check_split(settings.data, train)
     splits = {"train": train, **({"test": test} if test else {})}
     for split, images in splits.items():
         advice = " --data.test_split none leaves it out." if images is test else ""
@@ -235,14 +239,22 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
                 f"{field}: the {split} split has no labels of two classes or more; name the column of labels, or give "
                 f"each class a folder, in every split alike.{advice}"
             )
-        if unknown := int((images.labels[images.all] < 0).sum()):
-            raise Refused(f"{field}: labels of the {split} split are missing ({unknown} of {len(images.all)}).{advice}")
-    chosen = torch.randperm(len(train.train), generator=torch.Generator().manual_seed(settings.data.split_seed))
-    shuffled, indices = train.train[chosen], []
+        if unknown := len(images.all) - len(labelled(images, images.all)):
+            context.say(f"{unknown} of {len(images.all)} images of the {split} split have no label and are left out")
+        if not len(labelled(images, images.val if images is train else images.all)):
+            raise Refused(f"{field}: no image that the {split} split is to be measured on has a label.{advice}")
+    known = labelled(train, train.train)
+    chosen = torch.randperm(len(known), generator=torch.Generator().manual_seed(settings.data.split_seed))
+    shuffled, indices = known[chosen], []
     for label in range(len(train.label_names)):
         members = shuffled[train.labels[shuffled] == label]
         indices.append(members[: max(1, round(settings.labels * len(members)))])
     return splits, torch.cat(indices).sort().values
+
+
+def labelled(images: Images, indices: Tensor) -> Tensor:
+    """Those of the indices whose label is known."""
+    return indices[images.labels[indices] >= 0]
 
 
 def head_names(network: nn.Module) -> set[str]:
@@ -287,20 +299,23 @@ class Keeper:
         self.context, self.splits, self.settings = context, splits, settings
         self.task: Classify | None = None
 
+    def called(self, split: str) -> str:
+        """What people call a split of the records."""
+        uses = {told["use"] for told in self.splits["train"].account.values()}
+        return split if split == "test" else "validation" if "validation" in uses else "held-out part of train"
+
     def top1(self, network: nn.Module, split: str) -> float:
-        """Accuracy on the held-out part of train, or on the test split."""
+        """Accuracy on what is held out for choosing, or on the test split."""
         images = self.splits["train" if split == "val" else split]
-        indices = images.val if split == "val" else images.all
+        indices = labelled(images, images.val if split == "val" else images.all)
         logits = B.extract(network, images, indices, self.context.accelerator, BATCH)["pooled"]
         return (logits.argmax(1) == images.labels[indices]).double().mean().item()
 
     def look(self, step: int, total: int) -> dict[str, float]:
         """Measure after an epoch, and keep what is worth it; what the log is to have."""
         network = self.task.result()
-        for buffer in network.buffers():  # the other processes' batch norms have seen other images
-            broadcast(buffer)
         top1 = self.top1(network, "val")
-        self.context.say(f"step {step}: {100 * top1:.2f} % of the held-out part")
+        self.context.say(f"step {step}: {self.called('val')}: {100 * top1:.2f} %")
         best = self.context.folder / "best" / "finetune.json"
         if self.context.main and (not best.exists() or top1 > read_json(best)["val_top1"]):
             self.keep(network, "best", step, top1)
@@ -342,7 +357,7 @@ class Keeper:
                         "stage": name,
                         "protocol": "finetune",
                         "settings": told,
-                        "data": f"{Path(settings.data.path).name}@{source}",
+                        "data": f"{settings.data.called}@{source}",
                         "split": split,
                         "metric": "top1",
                         "value": value,
@@ -355,7 +370,7 @@ class Keeper:
                         "versions": records.versions(),
                     }
                 )
-                self.context.say(f"{name}, {split}: {100 * value:.2f} %")
+                self.context.say(f"{name}, {self.called(split)}: {100 * value:.2f} %")
         if self.context.main:
             records.write(path, found)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from .files import Refused, sha256_json
 
@@ -124,8 +124,12 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
         mixed_precision={"fp32": "no"}.get(precision, precision),
         log_with=tracker,
         project_dir=folder,
-        # The main process alone clusters, fits probes and writes; the others wait for it longer than NCCL's 10 minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        kwargs_handlers=[
+            # The main process alone fits probes and writes; the others wait for it longer than NCCL's 10 minutes.
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            # Pseudo-labels and banks are buffers, too large to send at each step; the loop unites buffers.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and accelerator.num_processes == 1:

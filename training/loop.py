@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from . import backbone as B
 from .checkpoints import Checkpoints
 from .files import Failed, Refused, read_lines, write_lines
 from .images import Images
@@ -125,12 +125,17 @@ def draw_batch(
     share = size // (accelerator.num_processes * schedule.accumulate)
     start = (accelerator.process_index * schedule.accumulate + part) * share
     rows = min(rows or share, share)
-    chosen = indices[order[place * size + start : place * size + start + rows]]
+    whole = indices[order[place * size : (place + 1) * size]]
+    chosen = whole[start : start + rows]
     device = accelerator.device
+    pixels, sizes = images.pixels.windows(
+        chosen, lambda: Draws(key.number("windows", step), size, start, start + rows).uniform()
+    )
     return Batch(
-        pixels=images.pixels[chosen].to(device, non_blocking=True),
-        sides=images.sides[chosen],
+        pixels=pixels.to(device, non_blocking=True),
+        sizes=sizes,
         indices=chosen,
+        step_indices=whole,
         labels=images.labels[chosen].to(device, non_blocking=True) if images.labels is not None else None,
         draws=Draws(key.number("views", step), size, start, start + rows),
     )
@@ -139,7 +144,7 @@ def draw_batch(
 def count_flops(task: Task, batch: Batch) -> float:
     """Floating-point operations of an image's training step, forward and backward, counted on a copy of the task."""
     copied = copy.deepcopy(task)
-    with FlopCounterMode(display=False) as counter:
+    with B.counting_flops() as counter:
         copied(batch)["loss"].backward()
     return counter.get_total_flops() / len(batch.indices)
 
@@ -255,6 +260,8 @@ def train(
                 means = window.read(step, schedule.batch_size)
                 log.write(step, images=step * schedule.batch_size, lr=rate, **means)
                 bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in {**means, "lr": rate}.items()), refresh=False)
+            if due or ends or (epoch_end and step % epoch_steps == 0):
+                B.unite_norms(task)
             if epoch_end and (step % epoch_steps == 0 or step == total):
                 # Before the checkpoint, after which this epoch is over for good.
                 log.write(step, **epoch_end(step, total))

@@ -49,14 +49,19 @@ class Model:
 class Data:
     """The images"""
 
-    path: str | None = None
-    """What datasets.load_dataset takes (Hub name, folder of images or parquet files), a parquet file, or "digits"."""
+    path: list[str] | str | None = None
+    """Folder of images, or a list of such; folder of parquet files; file (parquet, arrow, webdataset); name of a data
+    set of the Hub; or "digits"."""
     name: str | None = None
     """Configuration of a Hub data set that has several."""
-    split: str = "train"
-    """Split to train on."""
+    split: str | None = None
+    """Split to train on; without one "train"."""
     test_split: str | None = None
-    """Split to test on; without one "test" or "validation" if it is there; "none" for none."""
+    """Split to test on; without one "test", or "validation" where that is not held out; "none" for none."""
+    splits: Literal["auto", "none"] = "auto"
+    """Whether top-level folders called train, test, validation or alike are splits; none: all of it is one split."""
+    labels: str | None = None
+    """Table of file and label for folders of images: CSV, TSV, JSONL or parquet."""
     image_column: str | None = None
     """Column of images; without one the only column of images."""
     label_column: str | None = None
@@ -65,15 +70,30 @@ class Data:
     """Working size, px: side of the square that the network sees."""
     limit: PositiveInt | None = None
     """Use that many images of the split, drawn by split_seed; without it all."""
-    val_fraction: OpenUnitInterval = 0.1
-    """Share of the split held out from all training, on which settings may be chosen."""
+    val_fraction: OpenUnitInterval | None = None
+    """Share of the split held out from all training, on which settings may be chosen; without it a tenth, unless a
+    validation split beside a test split is what is held out."""
     split_seed: int = 0
     """Draws limit and the held-out part; never the run's seed, so that all runs hold out the same."""
     max_bad_fraction: ClosedUnitInterval = 0.01
     """Share of images that may fail to decode before the run stops."""
+    white: PositiveFloat | None = None
+    """Value of images of more than 8 bits that is white; without it the first of 255, 1023, 4095, 16383 and 65535 that
+    a sample of them does not exceed (1 for floats up to 1)."""
     memory_gb: NonNegativeFloat | None = None
     """Decoded images up to this size, GB, stay in memory, larger ones in a file beside the run; without it half of
     what is free."""
+
+    @property
+    def held_out(self) -> float:
+        """Share of the split that is held out where no other split is."""
+        return 0.1 if self.val_fraction is None else self.val_fraction
+
+    @property
+    def called(self) -> str:
+        """What to call the data: the last part of where they are."""
+        paths = [self.path] if isinstance(self.path, str) else self.path or []
+        return "+".join(Path(path).name for path in paths)
 
 
 @dataclass
@@ -346,7 +366,7 @@ def run_folder(recipe: Recipe, config: Path | None = None) -> Path:
         return named_folder(recipe.run)
     if config is not None:
         return named_folder(config.resolve().parent.name if config.stem == "recipe" else config.stem)
-    name = f"{recipe.model.name}.{recipe.proxy.name}_{Path(recipe.data.path or '').stem}"
+    name = f"{recipe.model.name}.{recipe.proxy.name}_{Path(recipe.data.called).stem}"
     return named_folder(re.sub(r"[^\w.-]+", "_", name))
 
 

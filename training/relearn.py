@@ -5,6 +5,7 @@ gradient (Kumar et al., ICLR 2022); then it trains on at `low_lr` of the learnin
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -55,20 +56,22 @@ class Relearn(BackboneTask):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         targets = self.targets[batch.indices.to(self.targets.device)]
+        # The mean over the labels of the whole step, which the loop makes from as many equal parts.
+        known = (self.targets[batch.step_indices.to(self.targets.device)] >= 0).sum(0).clamp(min=1)
+        parts = len(batch.step_indices) / len(batch.indices)
         hidden = self.embed(self.see(batch))
         losses, hits = [], []
-        for head, target in zip(self.heads, targets.unbind(1), strict=True):
+        for head, target, count in zip(self.heads, targets.unbind(1), known, strict=True):
             logits = head(hidden).float()
             loss = F.cross_entropy(logits, target, ignore_index=-1, label_smoothing=self.smoothing, reduction="sum")
-            losses.append(loss / (target >= 0).sum().clamp(min=1))
+            losses.append(loss * parts / count)
             hits.append(accuracy(logits.detach(), target))
         return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(hits).mean()}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        low = [(n, p) for n, p in self.network.named_parameters() if n in self.low]
-        taken = {id(p) for _, p in low}
-        high = [(n, p) for n, p in self.named_parameters() if id(p) not in taken]
-        return decay_groups(low, weight_decay, self.low_lr) + decay_groups(high, weight_decay)
+        low = {f"network.{name}" for name in self.low}
+        high = {name for name, _ in self.named_parameters()} - low
+        return decay_groups(self, weight_decay, self.low_lr, low) + decay_groups(self, weight_decay, 1.0, high)
 
 
 def split(network: nn.Module, settings: recipe.Relearn, size: int) -> set[str]:
@@ -85,6 +88,20 @@ def split(network: nn.Module, settings: recipe.Relearn, size: int) -> set[str]:
             "choose an earlier stage."
         )
     return low
+
+
+def check(settings: recipe.Relearn, images: Images) -> None:
+    """Refuse to leave out so many images that less than a batch may be left.
+
+    Raises:
+        Refused: naming the field.
+    """
+    least = math.ceil(len(images.train) * (1 - settings.drop))
+    if settings.drop and least < settings.batch_size:
+        raise Refused(
+            f"relearn.drop: {settings.drop:g} may leave {least} of {len(images.train)} training images, fewer than "
+            f"relearn.batch_size {settings.batch_size}."
+        )
 
 
 def relearn(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from . import figures
-from .files import write_text
+from .files import read_json, write_text
 from .recipe import Recipe
 
 Records = list[dict[str, Any]]
@@ -67,6 +67,26 @@ def cluster_table(records: Records, arm: str) -> list[list[str]]:
         values = {r["metric"]: r["value"] for r in rows if r["settings"]["k"] == k}
         lines.append([f"k = {k}", *(f"{values[m]:.3f}" if m in values else "" for m in metrics)])
     return lines
+
+
+TOLD = {
+    "images": "images",
+    "read": "read",
+    "not_drawn": "not drawn",
+    "bad": "bad",
+    "missing": "of these missing",
+    "left_aside": "no images",
+}
+
+
+def splits_line(account: dict[str, dict[str, Any]]) -> str:
+    """What each split is used for, and what became of its files, by data.json's account."""
+
+    def one(name: str, told: dict[str, Any]) -> str:
+        parts = [f"{told[key]} {words}" for key, words in TOLD.items() if told.get(key)]
+        return f"{name}: {told['use']} ({', '.join(parts)})"
+
+    return "; ".join(one(*item) for item in account.items())
 
 
 def as_text(lines: list[list[str]]) -> str:
@@ -141,7 +161,8 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     if len(pseudo := cluster_table(records, arm)) > 1:
         found.append(pseudo)
     code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
-    parts = [f"# {folder.name}", gain(records, arm)]
+    account = read_json(folder / "data.json")["splits"]
+    parts = [f"# {folder.name}", gain(records, arm), f"The images: {splits_line(account)}."]
     parts += map(as_markdown, found)
     for name, caption in PICTURES.items():
         if (folder / "report" / f"{name}.png").exists():

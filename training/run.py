@@ -81,7 +81,7 @@ def one_round(this: Run, source: Path, number: int) -> Path:
 def reads(this: Run, phase: str, **inputs: Path) -> dict[str, Any]:
     """What the result of a phase depends on: fields of the recipe, the images, and files of phases before it."""
     files = {name: sha256_file(path) for name, path in inputs.items()}
-    return {**phase_fields(this.recipe, phase), "images": this.train.fingerprint, **files}
+    return {**phase_fields(this.recipe, phase), "images": this.train.fingerprint, "white": this.train.white, **files}
 
 
 def done(this: Run, marker: Path, read: dict[str, Any]) -> bool:
@@ -166,6 +166,8 @@ def phase_clusters(this: Run, source: Path, number: int) -> Path:
     folder, settings = this.folder / f"round_{number}", this.recipe.clusters
     over = clusters.averaging(this.recipe, number)
     read = {**reads(this, "clusters", backbone=source / "model.safetensors"), "views": over}
+    if settings.source == "labels":
+        read["labels"] = classes_fingerprint(this.train)
     if done(this, folder / "clusters.json", read):
         return folder
     with phase(this, folder / "clusters.json", read) as told:
@@ -185,8 +187,6 @@ def phase_clusters(this: Run, source: Path, number: int) -> Path:
                 this.recipe.evaluate.batch_size,
                 folder,
             )
-        if this.main:
-            figures.contact_sheet(folder / "clusters.png", this.train, folder / "labels.parquet")
         this.context.spend(0, 0, time.perf_counter() - began)
     return folder
 
@@ -222,10 +222,8 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     path, number = this.folder / "records.jsonl", max(0, len(folders) - 1)
     weights = sha256_file(folders[-1] / "model.safetensors") if folders else "untrained"
     made_by = ("evaluate", *(("proxy", "clusters", "relearn") if number else ("proxy",) * len(folders)))
-    labels = {
-        split.fingerprint: split.labels for split in (this.train, this.test) if split and split.labels is not None
-    }
-    tests = [this.test.fingerprint if this.test and this.recipe.evaluate.test else None, B.fingerprint(labels)]
+    tests = [this.test.fingerprint if this.test and this.recipe.evaluate.test else None]
+    tests += [classes_fingerprint(split) for split in (this.train, this.test) if split]
     recipe_sha256 = sha256_json([weights, *tests, *(reads(this, phase) for phase in made_by)])
     known = [r for r in records.read(path) if r["arm"] == arm and r["round"] == number]
     if known and all(r["recipe_sha256"] == recipe_sha256 for r in known):
@@ -253,9 +251,10 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
             "weights_sha256": weights,
             "versions": records.versions(),
         }
-        source = Path(this.recipe.data.path).name
+        source = this.recipe.data.called
         if number:
             found += cluster_records(this, network, folders[-1])
+            figures.contact_sheet(folders[-1] / "clusters.png", this.train, folders[-1] / "labels.parquet")
         train = this.train.fingerprint
         prints = {"train": train, "val": train, "test": this.test.fingerprint if this.test else ""}
         rows = [{**shared, **row, "data": f"{source}@{prints[row['split']][:16]}", **cost} for row in found]
@@ -263,10 +262,17 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     this.accelerator.wait_for_everyone()
 
 
+def classes_fingerprint(images: Images) -> str:
+    """sha256 of the true labels: who uses them notices when they change."""
+    return B.fingerprint({} if images.labels is None else {" ".join(images.label_names): images.labels})
+
+
 def cluster_records(this: Run, network: nn.Module, folder: Path) -> list[dict[str, Any]]:
     """How stable a round's pseudo-labels are, and how close to the classes, as records of the training images."""
     stage = B.resolve_stage(network, this.recipe.clusters.stage, "clusters.stage")
     told = read_json(folder / "clusters.json").get("clusterings", {})
+    for k, values in clusters.against_classes(folder / "labels.parquet", this.train).items():
+        told.get(k, {}).update(values)
     shared = {"stage": stage, "protocol": "clusters", "split": "train"}
     return [
         {**shared, "settings": {"k": int(k)}, "metric": metric, "value": values[metric]}
@@ -280,7 +286,8 @@ def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     """report.md with its figures, and hub/."""
     arm = this.arm if this.recipe.relearn.rounds else "proxy_short"
     sides = {"proxy": folders[0], "sslpp": folders[-1]}
-    shown = torch.cat([this.train.train[:2000], this.train.val[:200]])
+    sample = this.train.sample
+    shown = torch.cat([sample(this.train.train, 2000), sample(this.train.val, 200)])
     found = {
         name: B.extract(
             this.on_device(B.load(folder)), this.train, shown, this.accelerator, this.recipe.evaluate.batch_size

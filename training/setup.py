@@ -13,8 +13,9 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from . import backbone as B
-from . import clusters, images, proxies, records, relearn
-from .files import Refused, lock_folder, read_json, write_json, write_text
+from . import clusters, images, proxies, records, relearn, report
+from .files import Refused, lock_folder, nothing_left, read_json, write_json, write_text
+from .folders import escape
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
@@ -107,12 +108,13 @@ def prepare(
             refuse_other(marker, phase_fields(recipe, marker.stem))
     accelerator = start(recipe.precision, recipe.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
-    lock = lock_folder(folder) if context.main else None
-    train, test = splits or load_images(recipe, network, context)
-    if context.main:
-        _remember(recipe, folder, train, test)
+    with nothing_left(folder):
+        lock = lock_folder(folder) if context.main else None
+        train, test = splits or load_images(recipe, network, context)
+        refuse(recipe, train, accelerator.num_processes)
+        if context.main:
+            _remember(recipe, folder, train, test)
     run = Run(recipe, arm, folder, context, train, test, proxy, lock, shared)
-    refuse(recipe, train, accelerator.num_processes)
     if run.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     accelerator.init_trackers("sslpp", {})
@@ -147,23 +149,26 @@ def run_precision(recipe: Recipe, network: nn.Module) -> str:
 
 def load_images(recipe: Recipe, network: nn.Module, context: Context) -> tuple[Images, Images | None]:
     """The training split and the test split, if there is one, as the network is to see them."""
-    splits = load_splits(recipe.data, context)
     if not recipe.model.pretrained:
-        return splits
+        return load_splits(recipe.data, context)
+    splits = load_splits(scaled_for(network, recipe.data), context)
     source = network.pretrained_cfg
     own = {"mean": tuple(source["mean"]), "std": tuple(source["std"])}
     train, test = (dataclasses.replace(split, **own) if split else None for split in splits)
     return train, test
 
 
-def load_splits(data: Data, context: Context) -> tuple[Images, Images | None]:
+def scaled_for(network: nn.Module, data: Data) -> Data:
+    """The data, those of more than 8 bits scaled as for the images that a saved backbone was trained on."""
+    return dataclasses.replace(data, white=data.white or B.white_of(network))
+
+
+def load_splits(data: Data, context: Context, tuning: bool = False) -> tuple[Images, Images | None]:
     """The training split and the test split, if there is one; the main process decodes before the others read."""
     shared = context.accelerator.num_processes > 1
 
     def load() -> tuple[Images, Images | None]:
-        train = images.load(data, data.split, context.folder, in_file=shared, listing=context.main)
-        split = images.find_test_split(data)
-        return train, images.load(data, split, context.folder, like=train, in_file=shared) if split else None
+        return images.load_splits(data, context.folder, tuning, in_file=shared)
 
     found = load() if context.main else None
     context.accelerator.wait_for_everyone()
@@ -182,19 +187,22 @@ def one_process(command: str, folder: Path, stop: StopSignals) -> Context:
     return Context(accelerator, folder, stop, 1, 1)
 
 
-def load_for(network: nn.Module, data: Data, context: Context, own_crop: bool = False) -> tuple[Images, Images | None]:
+def load_for(
+    network: nn.Module, data: Data, context: Context, own_crop: bool = False, tuning: bool = False
+) -> tuple[Images, Images | None]:
     """The splits at the size and with the statistics that a pretrained network expects, its crop or their own."""
-    data = dataclasses.replace(data, size=network.pretrained_cfg["input_size"][-1])
-    train, test = load_splits(data, context)
+    data = dataclasses.replace(scaled_for(network, data), size=network.pretrained_cfg["input_size"][-1])
+    train, test = load_splits(data, context, tuning)
     return B.as_seen_by(network, train, own_crop), B.as_seen_by(network, test, own_crop) if test else None
 
 
 def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) -> None:
-    """Write data.json; refuse a run folder of other data, so that labels never slip by one."""
+    """Write data.json and bad_images.txt; refuse a run folder of other data, so that labels never slip by one."""
     path, data = folder / "data.json", recipe.data
+    paths = [data.path] if isinstance(data.path, str) else data.path
     told = {
-        "path": data.path,
-        "split": data.split,
+        "path": list(map(escape, paths)),
+        "splits": train.account,
         "images": len(train),
         "fingerprint": train.fingerprint,
         "bad": int((~train.usable).sum()),
@@ -205,18 +213,19 @@ def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) 
         "crop_pct": train.crop_pct,
         "mean": list(train.mean),
         "std": list(train.std),
+        "white": train.white,
         "label_names": train.label_names,
     }
     if path.exists():
         before = read_json(path)
-        for name in ("images", "fingerprint", "size", "training", "held_out"):
+        for name in ("images", "fingerprint", "size", "training", "held_out", "white"):
             if before[name] != told[name]:
                 raise Refused(
                     f"{folder} holds a run over other images (data.json has {name} = {before[name]}, now it is "
                     f"{told[name]}); choose another --run."
                 )
-    else:
-        write_json(path, told)
+    write_json(path, told)
+    images.write_bad(folder, [*train.bad, *(test.bad if test else ())])
 
 
 def refuse(recipe: Recipe, train: Images, processes: int) -> None:
@@ -226,11 +235,13 @@ def refuse(recipe: Recipe, train: Images, processes: int) -> None:
         Refused: naming the field.
     """
     check_split(recipe.data, train)
-    clusters.check(recipe.clusters, train)
-    for name in ("proxy", "relearn"):
-        schedule: Schedule = getattr(recipe, name)
-        if schedule.epochs:
-            check_fits(schedule, len(train.train), processes, f"{name}.")
+    proxies.check(recipe.proxy)
+    if recipe.relearn.rounds:
+        clusters.check(recipe.clusters, train)
+        relearn.check(recipe.relearn, train)
+        check_fits(recipe.relearn, len(train.train), processes, "relearn.")
+    if recipe.proxy.epochs:
+        check_fits(recipe.proxy, len(train.train), processes, "proxy.")
 
 
 def check_split(data: Data, images: Images) -> None:
@@ -241,7 +252,7 @@ def check_split(data: Data, images: Images) -> None:
     """
     if not len(images.train) or not len(images.val):
         raise Refused(
-            f"data.val_fraction: {data.val_fraction:g} of {len(images.all)} usable images leaves "
+            f"data.val_fraction: {data.held_out:g} of {len(images.all)} usable images leaves "
             f"{len(images.train)} to train on and {len(images.val)} held out; at least one of each is needed."
         )
 
@@ -271,6 +282,7 @@ def check_fits(schedule: Schedule, images: int, processes: int, prefix: str = ""
 def _announce(run: Run, network: nn.Module) -> None:
     """One line: what runs where, for about how long, on how much disk."""
     recipe, processes = run.recipe, run.accelerator.num_processes
+    run.context.say(report.splits_line(run.train.account))
     schedules = [recipe.proxy, *[recipe.relearn] * recipe.relearn.rounds]
     views = sum(steps_of(s, len(run.train.train), "")[1] * s.batch_size for s in schedules if s.epochs)
     rows = min(s.batch_size // (processes * s.accumulate) for s in schedules if s.epochs) if views else 64
@@ -281,7 +293,7 @@ def _announce(run: Run, network: nn.Module) -> None:
     run.context.say(
         f"{records.device_name(run.accelerator.device.type)}; {recipe.precision}; processes {processes}; "
         f"threads {torch.get_num_threads()}; batch {recipe.proxy.batch_size}; images {len(run.train.train)} "
-        f"(+ {len(run.train.val)} held out, {int((~run.train.usable).sum())} bad); training takes about "
+        f"(+ {len(run.train.val)} held out), {round(run.train.pixels.nbytes / 1e6)} MB; training takes about "
         f"{duration(seconds)} and {max(1, round(disk / 1e6))} MB in {run.folder}"
     )
 

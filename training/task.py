@@ -1,6 +1,8 @@
 """Tasks: what the loop trains. A batch in, a loss and metrics out."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -18,16 +20,18 @@ class Batch:
     """What a task is given.
 
     Attributes:
-        pixels: [B, 3, S, S] uint8, on the device.
-        sides: [B] int64 on the CPU, px of each image.
+        pixels: [B, 3, H, W] uint8, on the device; whole pictures.
+        sizes: [B, 2] int64 on the CPU, height and width of each, px: so many of its first rows and columns.
         indices: [B] int64 on the CPU, where the images stand in their split.
+        step_indices: [n] int64 on the CPU, those of the whole step, over all processes and micro-batches.
         labels: [B] int64 on the device, -1 where unknown; None without labels.
         draws: the step's random stream, of which this batch has its rows.
     """
 
     pixels: Tensor
-    sides: Tensor
+    sizes: Tensor
     indices: Tensor
+    step_indices: Tensor
     labels: Tensor | None
     draws: views.Draws
 
@@ -44,15 +48,35 @@ class Task(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Trainable parameters for the optimiser; a group's ``lr_scale`` multiplies the learning rate."""
-        return decay_groups(list(self.named_parameters()), weight_decay)
+        return decay_groups(self, weight_decay)
 
 
-def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float, lr_scale: float = 1.0) -> list[dict]:
-    """Trainable parameters in two groups: weights with decay, biases and norms without."""
-    parameters = [p for _, p in named if p.requires_grad]
+def decay_groups(
+    task: nn.Module, weight_decay: float, lr_scale: float = 1.0, names: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: with decay; and without: biases, norms, and what a network of timm itself
+    exempts, such as position embeddings.
+
+    Args:
+        task: whose parameters.
+        weight_decay: of the first group.
+        lr_scale: of both.
+        names: of the parameters; all without them.
+    """
+    exempt = [
+        f"{prefix}.{pattern}" if prefix else pattern
+        for prefix, module in task.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for pattern in module.no_weight_decay()
+    ]
+    with_decay, without = [], []
+    for name, parameter in task.named_parameters():
+        if parameter.requires_grad and (names is None or name in names):
+            spared = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch(name, each) for each in exempt)
+            (without if spared else with_decay).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "lr_scale": lr_scale},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": lr_scale},
+        {"params": with_decay, "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": without, "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     return [group for group in groups if group["params"]]
 
@@ -93,7 +117,7 @@ class ViewTask(Task):
 
     def see(self, batch: Batch) -> Tensor:
         """A random view of each image, [B, 3, size, size], float32 in [0, 1]."""
-        return views.random_views(self.views, batch.pixels, batch.sides, batch.draws, self.size)
+        return views.random_views(self.views, batch.pixels, batch.sizes, batch.draws, self.size)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] as the network expects them."""

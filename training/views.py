@@ -71,13 +71,13 @@ class Rows:
     turn: Tensor
 
 
-def draw(views: Views, sides: Tensor, draws: Draws) -> Rows:
-    """Draw the parameters of a view of each image, whose sides are given in px."""
+def draw(views: Views, sizes: Tensor, draws: Draws) -> Rows:
+    """Draw the parameters of a view of each image, whose [B, 2] heights and widths are given in px."""
     strength = torch.tensor([views.brightness, views.contrast, views.saturation, views.hue], dtype=torch.float64)
     centre = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     sigma = draws.uniform(low=views.blur_sigma[0], high=views.blur_sigma[1])
     return Rows(
-        box=_draw_boxes(views, sides.cpu(), draws),
+        box=_draw_boxes(views, sizes.cpu(), draws),
         flip=draws.uniform() < views.flip,
         order=draws.uniform(4).argsort(1),
         factor=centre + strength * draws.uniform(4, low=-1.0, high=1.0),
@@ -89,23 +89,34 @@ def draw(views: Views, sides: Tensor, draws: Draws) -> Rows:
     )
 
 
-def _draw_boxes(views: Views, sides: Tensor, draws: Draws, attempts: int = 10) -> Tensor:
-    """Crops of random area and aspect ratio (Szegedy et al. 2015), as torchvision's RandomResizedCrop draws them."""
-    area = draws.uniform(attempts, low=views.crop_scale[0], high=views.crop_scale[1]) * (sides * sides).unsqueeze(1)
+def _draw_boxes(views: Views, sizes: Tensor, draws: Draws, attempts: int = 10) -> Tensor:
+    """Crops of random area and aspect ratio (Szegedy et al. 2015), as torchvision's RandomResizedCrop draws them.
+
+    Where no attempt fits, it is the largest centre crop whose ratio is allowed.
+    """
+    tall, wide = sizes.unbind(1)
+    area = draws.uniform(attempts, low=views.crop_scale[0], high=views.crop_scale[1]) * (tall * wide).unsqueeze(1)
     low, high = math.log(views.crop_ratio[0]), math.log(views.crop_ratio[1])
     ratio = draws.uniform(attempts, low=low, high=high).exp()
     width = (area * ratio).sqrt().round().long()
     height = (area / ratio).sqrt().round().long()
-    side = sides.unsqueeze(1)
-    fits = (width > 0) & (height > 0) & (width <= side) & (height <= side)
+    fits = (width > 0) & (height > 0) & (width <= wide.unsqueeze(1)) & (height <= tall.unsqueeze(1))
     first = fits.to(torch.int8).argmax(1, keepdim=True)
     found = fits.any(1)
-    width = torch.where(found, width.gather(1, first).squeeze(1), sides)
-    height = torch.where(found, height.gather(1, first).squeeze(1), sides)
+    width = torch.where(
+        found, width.gather(1, first).squeeze(1), torch.minimum(wide, _share(tall, views.crop_ratio[1]))
+    )
+    height = torch.where(
+        found, height.gather(1, first).squeeze(1), torch.minimum(tall, _share(wide, 1 / views.crop_ratio[0]))
+    )
     place = draws.uniform(2)
-    top = (place[:, 0] * (sides - height + 1)).long()
-    left = (place[:, 1] * (sides - width + 1)).long()
+    top = torch.where(found, (place[:, 0] * (tall - height + 1)).long(), (tall - height) // 2)
+    left = torch.where(found, (place[:, 1] * (wide - width + 1)).long(), (wide - width) // 2)
     return torch.stack([top, left, height, width], 1)
+
+
+def _share(lengths: Tensor, factor: float) -> Tensor:
+    return (lengths * factor).round().long().clamp(min=1)
 
 
 def as_float(pixels: Tensor) -> Tensor:
@@ -114,7 +125,7 @@ def as_float(pixels: Tensor) -> Tensor:
 
 
 def apply(pixels: Tensor, rows: Rows, size: int) -> Tensor:
-    """uint8 [B, 3, S, S] to views [B, 3, size, size], float32 in [0, 1], on the device of `pixels`."""
+    """uint8 [B, 3, H, W] to views [B, 3, size, size], float32 in [0, 1], on the device of `pixels`."""
     with torch.autocast(pixels.device.type, enabled=False):
         images = resized_crop(as_float(pixels), rows.box, size, rows.flip)
         images = _jitter(images, rows)
@@ -125,16 +136,16 @@ def apply(pixels: Tensor, rows: Rows, size: int) -> Tensor:
 
 
 def plain(pixels: Tensor, sides: Tensor, crop_pct: float, size: int) -> Tensor:
-    """The un-augmented image: its centre, crop_pct of the side, at `size`; what timm's evaluation transform shows."""
+    """Un-augmented squares: their centre, crop_pct of the side, at `size`; what timm's evaluation transform shows."""
     sides = sides.cpu()
     side = (sides * crop_pct).round().long().clamp(min=1)
     top = (sides - side) // 2
     return resized_crop(as_float(pixels), torch.stack([top, top, side, side], 1), size)
 
 
-def random_views(views: Views, pixels: Tensor, sides: Tensor, draws: Draws, size: int) -> Tensor:
+def random_views(views: Views, pixels: Tensor, sizes: Tensor, draws: Draws, size: int) -> Tensor:
     """A random view of each image: `draw`, then `apply`."""
-    return apply(pixels, draw(views, sides, draws), size)
+    return apply(pixels, draw(views, sizes, draws), size)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

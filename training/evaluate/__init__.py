@@ -47,7 +47,7 @@ def evaluate(
     def features(images: Images, indices: Tensor, view: Callable | None = None) -> dict[Stage, Tensor]:
         return B.extract(network, images, indices, context.accelerator, settings.batch_size, stages, view)
 
-    fitted = train.train[: settings.images]
+    fitted = train.sample(train.train, settings.images)
     parts = {"train": (train, fitted), "val": (train, train.val)}
     if test is not None and settings.test:
         parts["test"] = (test, test.all)
@@ -66,19 +66,24 @@ def evaluate(
             "test": settings.residue_images // 2,
         }
         turned = {
-            name: [features(images, indices[: share[name]], view) for view in residue]
+            name: [features(images, images.sample(indices, share[name]), view) for view in residue]
             for name, (images, indices) in parts.items()
         }
         if context.main:
             records += residue_records(turned, settings, context.accelerator.device)
     if context.main:
-        for name in found.keys() - {"train"}:
+        for name in measured(found):
             for stage, rows in found[name].items():
-                rank = rankme.rankme(rows[: settings.images])
-                size = {"n": min(len(rows), settings.images), "dimensions": rows.shape[1]}
+                rank = rankme.rankme(rows)
+                size = {"n": len(rows), "dimensions": rows.shape[1]}
                 records.append(_record(stage, "rankme", size, name, "rank", rank))
     context.accelerator.wait_for_everyone()
     return records
+
+
+def measured(parts: dict[str, Any]) -> list[str]:
+    """The parts that figures are of, in one order."""
+    return [name for name in parts if name != "train"]
 
 
 def _record(stage: Stage, protocol: str, settings: dict, split: str, metric: str, value: float) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def class_records(
             continue
         probe, c = linear.fit_best(rows["train"], known["train"], rows["val"], known["val"], classes, settings.linear_c)
         k = sorted({min(k, len(rows["train"])) for k in settings.knn_k})
-        for name in labels.keys() - {"train"}:
+        for name in measured(labels):
             fit = {"C": c, "n": len(rows["train"])}
             records.append(_record(stage, "linear", fit, name, "top1", probe.top1(rows[name], known[name])))
             predicted = knn.classify(rows["train"], known["train"], rows[name], classes, k, settings.knn_temperature)
@@ -131,7 +136,7 @@ def residue_records(
             for name, parts in turned.items()
         }
         probe, c = linear.fit_best(rows["train"], labels["train"], rows["val"], labels["val"], views, settings.linear_c)
-        for name in turned.keys() - {"train"}:
+        for name in measured(turned):
             fit = {"C": c, "n": len(rows["train"]), "views": views}
             records.append(_record(stage, "residue", fit, name, "top1", probe.top1(rows[name], labels[name])))
     return records

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         context = one_process("evaluate", Path(scratch), stop)
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
         train, test = load_for(network, made.data, context)
+        context.say(report.splits_line(train.account))
         if train.labels is None and not views:
             raise Refused("data.label_column: there are no labels to measure features by; --residue needs none.")
         found = evaluate(network.to(context.accelerator.device), made.evaluate, train, test, views, context)
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
             {
                 **shared,
                 **row,
-                "data": f"{Path(made.data.path).name}@{prints[row['split']][:16]}",
+                "data": f"{made.data.called}@{prints[row['split']][:16]}",
                 "weights_sha256": weights,
                 "device": records.device_name(context.accelerator.device.type),
                 "precision": "fp32",

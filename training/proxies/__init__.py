@@ -4,6 +4,7 @@ A proxy is a `BackboneTask` made from (backbone, recipe.proxy, images) that also
     Options     a dataclass of its own settings, ``proxy.options`` in a recipe;
     nuisance    what it is covariant with: views, [B, 3, H, W] to the same, the first of which changes nothing; phase 2
                 averages features over them;
+    asked       fields of its views that change the answer to what it asks, and must be 0;
     residue     views of which the proxy itself tells one from another, by their position; the residue measures how well
                 its features still do.
 """
@@ -48,6 +49,17 @@ def options(proxy: recipe.Proxy) -> object:
         names = ", ".join(f.name for f in dataclasses.fields(kind)) or "none"
         raise Refused(f"proxy.options: {' '.join(str(error).split())} (options of {proxy.name}: {names})") from error
     return kind(**values.as_dict())
+
+
+def check(proxy: recipe.Proxy) -> None:
+    """Refuse views that change what the task asks about.
+
+    Raises:
+        Refused: naming the field.
+    """
+    for name in find(proxy).asked:
+        if proxy.epochs and getattr(proxy.views, name):
+            raise Refused(f"proxy.views.{name}: {proxy.name} asks about it, so that its views must not; set it to 0.")
 
 
 def build(proxy: recipe.Proxy, backbone: nn.Module, images: Images) -> BackboneTask:

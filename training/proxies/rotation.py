@@ -30,6 +30,7 @@ class Rotation(BackboneTask):
     class Options:
         """The task has no settings of its own."""
 
+    asked = ("turn",)
     nuisance = tuple(_turned(quarters, flipped) for flipped, quarters in product((False, True), range(4)))
     residue = tuple(_turned(quarters, False) for quarters in range(4))
 

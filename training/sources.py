@@ -1,0 +1,363 @@
+"""What ``data.path`` may name: folders of images, what `datasets` reads, or "digits"; and what each split is for."""
+
+import os
+import re
+import tarfile
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from . import folders
+from .files import Failed, Refused
+from .folders import LABEL_COLUMNS, FolderSource, canonical, escape
+from .recipe import Data
+
+READ_BY_DATASETS = (".parquet", ".arrow", ".tar")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+
+datasets.disable_progress_bars()
+
+
+@dataclass
+class TableSource:
+    """The images of a split, as rows of a data set.
+
+    Attributes:
+        table: the split, its images not decoded.
+        column: of images.
+        labels: the class of each row, None where unknown; None without labels.
+        names: the classes in the order that the data set gives them; None if it gives none.
+        trusted: folder below which a row may name a file; None where rows must hold the bytes.
+    """
+
+    table: datasets.Dataset
+    column: str
+    labels: list[str | None] | None
+    names: list[str] | None
+    trusted: Path | None = None
+    missing: int = 0
+    left_aside: Counter = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def rows(self, positions: list[int]) -> list[tuple[int, Any]]:
+        """What `read` is given for each position."""
+        alike = positions == list(range(positions[0], positions[0] + len(positions)))
+        part = self.table[positions[0] : positions[-1] + 1] if alike else self.table[positions]
+        return list(zip(positions, part[self.column], strict=True))
+
+    def read(self, row: tuple[int, Any]) -> tuple[str, bytes, str]:
+        """(path, content, why there is none)."""
+        position, value = row
+        if value is None:
+            return str(position), b"", "no image"
+        path, content = value.get("path") or str(position), value.get("bytes")
+        if content is None:
+            if self.trusted is None or not Path(path).resolve().is_relative_to(self.trusted):
+                return escape(path), b"", "a file outside the data set"
+            try:
+                content = Path(path).read_bytes()
+            except OSError as error:
+                return escape(path), b"", error.strerror or "cannot be read"
+            path = str(Path(path).resolve().relative_to(self.trusted))
+        return escape(path), content, "" if content else "empty file"
+
+
+Source = FolderSource | TableSource
+
+
+def read(data: Data) -> tuple[dict[str, Source], int]:
+    """The splits that the data have, by name, and how many files lie beside all of them.
+
+    Raises:
+        Refused: the data cannot be read.
+        Failed: something that is no fault of the data's keeps them from being read.
+    """
+    paths = [data.path] if isinstance(data.path, str) else list(data.path)
+    if len(paths) == 1 and paths[0] == "digits":
+        return {name: _table(rows, data, None) for name, rows in _digits().items()}, 0
+    found = [_folder(path) for path in paths]
+    if any(found) and not all(found):
+        raise Refused("data.path: several are united only if each is a folder of images.")
+    if all(found):
+        for name in ("name", "image_column"):
+            if getattr(data, name):
+                raise Refused(f"data.{name}: this is for data sets, and {escape(paths[0])} is a folder of images.")
+        roots, trees = zip(*found, strict=True)
+        return folders.read(list(roots), list(trees), data)
+    if len(paths) > 1:
+        raise Refused("data.path: several are united only if each is a folder of images.")
+    for name, value in (("labels", data.labels), ("splits", None if data.splits == "auto" else data.splits)):
+        if value:
+            raise Refused(f"data.{name}: this is for folders of images, and {paths[0]} is none.")
+    tables, trusted = _load(paths[0], data)
+    return {name: _table(rows, data, trusted) for name, rows in tables.items()}, 0
+
+
+def _folder(given: str) -> tuple[str, folders.Tree] | None:
+    """A folder of images and what is in it; None for what `datasets` is to read.
+
+    Raises:
+        Refused: there is nothing of the kind.
+    """
+    path = os.path.expanduser(given)
+    if not os.path.isdir(path):
+        if os.path.exists(path):
+            _check_file(path)
+        elif given.startswith((".", "/", "~")) or given.count("/") > 1:
+            raise Refused(f"data.path: {escape(given)} does not exist.")
+        return None
+    tree = folders.walk(path)
+    # A folder that a link brings in is a folder of images; files of features beside images are not images.
+    tables = [
+        name
+        for name in tree.others
+        if name.endswith(READ_BY_DATASETS) and os.path.basename(name) not in folders.METADATA
+    ]
+    if not tree.images:
+        if any(name.endswith(READ_BY_DATASETS) for name in tables) and not _class_folders_in_tar(path, tables):
+            return None
+        kinds = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in tree.others)
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "nothing"
+        advice = "; unpack the archives first" if any(kind in ARCHIVES for kind in kinds) else ""
+        raise Refused(f"data.path: {escape(given)} holds no image (but {told}){advice}.")
+    if any(_holds_images(os.path.join(path, name)) for name in tables if name.endswith(".parquet")):
+        raise Refused(
+            f"data.path: {escape(given)} has image files and parquet files that hold images; name the folder of either."
+        )
+    return path, tree
+
+
+def _holds_images(file: str) -> bool:
+    """Whether a parquet file has a column of images as `datasets` writes them."""
+    try:
+        schema = pq.read_schema(file)
+    except Exception:  # a file that only bears the name
+        return False
+    kinds = [schema.field(name).type for name in schema.names]
+    return any(str(kind).startswith("struct<") and "bytes" in str(kind) for kind in kinds)
+
+
+def _class_folders_in_tar(folder: str, names: list[str]) -> bool:
+    """Whether archives hold folders of images instead of a webdataset's samples, so that classes would be lost."""
+    for name in names:
+        if not name.endswith(".tar"):
+            return False
+        try:
+            with tarfile.open(os.path.join(folder, name)) as archive:
+                members = [member.name for _, member in zip(range(200), archive, strict=False) if member.isfile()]
+        except tarfile.TarError:
+            continue
+        keys = Counter(re.split(r"\.(?=[^/]*$)", member)[0] for member in members)
+        if any("/" in member for member in members) and max(keys.values(), default=1) == 1:
+            return True
+    return False
+
+
+def _check_file(path: str) -> None:
+    """Refuse a file that is no data set, saying what to do with it.
+
+    Raises:
+        Refused: naming what it seems to be.
+    """
+    ending, told = os.path.splitext(path)[1].lower(), f"data.path: {escape(path)}"
+    if folders.is_image_file(path):
+        raise Refused(f"{told} is one image; name the folder that it lies in.")
+    if ending in TABLES:
+        raise Refused(f"{told} is a table; name the folder of the images, and the table as --data.labels.")
+    if ending == ".tar" and not _class_folders_in_tar(*os.path.split(path)[:1], [os.path.basename(path)]):
+        return
+    if ending in ARCHIVES:
+        raise Refused(f"{told} is an archive; unpack it, and name the folder.")
+    if ending not in READ_BY_DATASETS:
+        raise Refused(f"{told} is no folder of images, and no parquet, arrow or webdataset file.")
+
+
+def _load(given: str, data: Data) -> tuple[dict[str, datasets.Dataset], Path | None]:
+    """What `datasets` reads, and the folder below which its rows may name files.
+
+    Raises:
+        Refused: it cannot be read.
+        Failed: `datasets` cannot keep what it reads.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        usable = os.access(cache, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise Failed(
+            f"{cache}, where datasets keeps what it reads, cannot be written; set HF_HOME to a folder that can."
+        )
+    path = Path(given).expanduser()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if path.is_file():
+                kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix, "webdataset")
+                return datasets.load_dataset(kind, data_files={data.split or "train": str(path)}), None
+            found = datasets.load_dataset(str(path) if path.exists() else given, data.name)
+            return found, None if path.exists() else Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()
+    except Exception as error:  # datasets raises nearly every type, also for what a user mistyped
+        raise Refused(f"data.path: {escape(given)} cannot be read as a data set: {_reasons(error)}") from error
+
+
+def _reasons(error: BaseException | None) -> str:
+    """What an error says, and what the errors say that caused it."""
+    said: list[str] = []
+    while error is not None:
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        if not any(text in earlier for earlier in said):
+            said.append(text)
+        error = error.__cause__
+    return "; because: ".join(said)
+
+
+def _digits() -> dict[str, datasets.Dataset]:
+    """The 1,797 digits of 8 px that scikit-learn ships, every fifth of them for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pictures = [Image.fromarray((image * 255 / 16).round().astype(np.uint8)) for image in bunch.images]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)]))
+    order = np.random.default_rng(0).permutation(len(pictures))
+    parts = {"train": order[len(order) // 5 :], "test": order[: len(order) // 5]}
+    return {
+        name: datasets.Dataset.from_dict(
+            {"image": [pictures[i] for i in part], "label": bunch.target[part].tolist()}, features=features
+        )
+        for name, part in parts.items()
+    }
+
+
+def _table(rows: datasets.Dataset, data: Data, trusted: Path | None) -> TableSource:
+    column = _image_column(rows, data)
+    labels, names = _labels(rows, data)
+    undecoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return TableSource(undecoded, column, labels, names, trusted)
+
+
+def _image_column(rows: datasets.Dataset, data: Data) -> str:
+    if data.image_column:
+        if data.image_column not in rows.features:
+            raise Refused(
+                f"data.image_column: there is no column {data.image_column!r}; there are {', '.join(rows.features)}."
+            )
+        return data.image_column
+    found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    found = found or [name for name in ("image", "img") if name in rows.features]
+    if len(found) != 1:
+        raise Refused(
+            f"data.image_column: {len(found)} of the columns {', '.join(rows.features)} hold images; name the one."
+        )
+    return found[0]
+
+
+def _labels(rows: datasets.Dataset, data: Data) -> tuple[list[str | None] | None, list[str] | None]:
+    """The class of each row, and the classes' names if the data set gives them; (None, None) without labels."""
+    column = data.label_column
+    if column and column not in rows.features:
+        raise Refused(f"data.label_column: there is no column {column!r}; there are {', '.join(rows.features)}.")
+    single = [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel | datasets.Value)]
+    if column and column not in single:
+        raise Refused(f"data.label_column: {column!r} holds more than one class for each image.")
+    column = column or next((name for name in LABEL_COLUMNS if name in single), None)
+    if column is None:
+        return None, None
+    feature, values = rows.features[column], rows[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+        return [None if v is None or v < 0 else names[v] for v in values], names
+    return [None if _unlabelled(v) else str(v) for v in values], None
+
+
+def _unlabelled(value: Any) -> bool:
+    """Whether an entry of a column says that there is no label: none, empty, not a number, or a negative one."""
+    number = isinstance(value, int | float)
+    return value is None or value == "" or (number and (value < 0 or value != value))
+
+
+@dataclass
+class Uses:
+    """What each split is for.
+
+    Attributes:
+        train: learned from.
+        held_out: settings, or the best classifier, are chosen on it; None: a part of train is held out.
+        test: measured; None without one.
+        names: all splits.
+    """
+
+    train: str
+    held_out: str | None
+    test: str | None
+    names: list[str]
+
+    def of(self, name: str) -> str:
+        """What a split is for, in a word."""
+        told = {self.test: "test", self.held_out: "validation", self.train: "training"}
+        return told.get(name, "not used")
+
+
+def uses(data: Data, found: dict[str, Source], tuning: bool = False) -> Uses:
+    """Tell what each split is for.
+
+    Args:
+        data: what was asked for.
+        found: the splits.
+        tuning: a classifier is trained, so that a validation split is held out whether or not there is a test split.
+
+    Raises:
+        Refused: there is no such split, or it would serve twice.
+    """
+
+    def named(name: str, field: str) -> str:
+        same = [other for other in found if other == name] or [
+            other for other in found if canonical(other) and canonical(other) == canonical(name)
+        ]
+        if not same:
+            raise Refused(
+                f"data.{field}: {_told(data.path)} has no split {name!r}; it has {', '.join(map(repr, found))}."
+            )
+        return same[0]
+
+    def meaning(kind: str) -> str | None:
+        return next((name for name in found if canonical(name) == kind and name not in (train, test)), None)
+
+    test = named(data.test_split, "test_split") if data.test_split not in (None, "none") else None
+    train = named(data.split or "train", "split")
+    if train == test:
+        raise Refused(f"data.test_split: {train!r} is the split to train on, too; name another, or none.")
+    if not len(found[train]):
+        raise Refused(f"data.split: split {train!r} of {_told(data.path)} is empty.")
+    validation = meaning("validation")
+    labelled = {
+        name: bool(source.labels and any(x is not None for x in source.labels)) for name, source in found.items()
+    }
+    if data.test_split is None:
+        test = meaning("test")
+        better = test is None or not labelled[test]
+        if validation and not tuning and better and (test is None or (labelled[train] and labelled[validation])):
+            test, validation = validation, None  # as ImageNet's, whose test split tells no labels
+        elif tuning and test and not labelled[test]:
+            test = None
+    measured = tuning or (test is not None and labelled[test])
+    held_out = validation if validation and labelled[validation] and labelled[train] and measured else None
+    if held_out and data.val_fraction is not None:
+        raise Refused(f"data.val_fraction: the split {held_out!r} is what is held out; leave val_fraction out.")
+    used = [name for name in (train, held_out, test) if name]
+    return Uses(train, held_out, test, [*used, *(name for name in found if name not in used)])
+
+
+def _told(path: str | list[str]) -> str:
+    return escape(path if isinstance(path, str) else ", ".join(path))
