@@ -1,7 +1,5 @@
 """Images: what can be decoded keeps its place, what cannot is listed; splits, statistics, samples."""
 
-import io
-
 import datasets
 import numpy as np
 import pytest
@@ -9,24 +7,11 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_png
+from tests.test_pixels import colour, encoded
 from training import images as I
 from training.files import Failed, Refused
 from training.launch import Interrupted
 from training.recipe import Data
-
-
-def encoded(picture, kind="PNG", **options):
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def colour(mode, value, size=(12, 12)):
-    return Image.new(mode, size, value)
-
-
-def paletted():
-    return colour("RGB", (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
 
 
 @pytest.fixture

@@ -186,10 +186,10 @@ def neighbours(path: Path, features: dict[str, Tensor], images: Images, shown: T
         path: where the figure goes.
         features: [n, D] of `shown` for each backbone.
         images: the training split.
-        shown: [n] indices; the held-out ones among them, the first `rows`, are asked about.
+        shown: [n] indices; a sample of `rows` of the held-out ones among them is asked about.
     """
     held_out = images.held_out[shown]
-    asked, bank = held_out.nonzero().flatten()[:rows], (~held_out).nonzero().flatten()
+    asked, bank = images.sample(held_out.nonzero().flatten(), rows), (~held_out).nonzero().flatten()
     count = min(6, len(bank))
     figure, axes = plt.subplots(
         len(asked), 2 * count + 2, figsize=(2 * count + 2, 1.08 * len(asked) + 0.5), squeeze=False
