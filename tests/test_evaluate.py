@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from tests.conftest import ROOT, make_images
 from training import backbone as B
 from training import evaluate as E
+from training import records
 from training.evaluate import knn, linear, rankme
 from training.files import Failed
 from training.proxies.rotation import Rotation
@@ -158,8 +159,8 @@ def test_rankme_of_known_spectra():
 def measured(context, train, held, **settings):
     torch.manual_seed(0)
     network = B.create(Model("test_resnet"), 16).eval()
-    chosen = Evaluate(**{"linear_c": [0.1], "knn_k": [3, 500], **settings})
-    return E.evaluate(network, chosen, train, held, Rotation.residue, context)
+    chosen = Evaluate(**{"linear_c": [0.1], "knn_k": [3, 500], "shots": [], **settings})
+    return E.evaluate(network, chosen, E.Over((train, held), Rotation.residue), context)
 
 
 def test_every_protocol_is_measured_at_every_stage_and_split(context):
@@ -173,7 +174,8 @@ def test_every_protocol_is_measured_at_every_stage_and_split(context):
             assert ("knn", split, stage, len(train.train)) in told  # k is at most the images
             assert ("residue", split, stage, None) in told
             assert ("rankme", split, stage, None) in told
-    assert len(told) == len(found)
+    assert len(told) == len({(r["protocol"], r["split"], r["stage"], r["settings"].get("k")) for r in found})
+    assert len(found) == len({records.identity(r) for r in found})
     assert all(0 <= r["value"] <= 1 for r in found if r["metric"] == "top1")
 
 
@@ -184,7 +186,7 @@ def test_the_test_split_is_left_alone_while_settings_are_chosen(context):
 
 def test_without_labels_what_needs_none_is_measured(context):
     found = measured(context, make_images(80, labelled=False), make_images(24, labelled=False))
-    assert {r["protocol"] for r in found} == {"residue", "rankme"}
+    assert {r["protocol"] for r in found} == {"residue", "rankme", "label_free"}
 
 
 def test_images_without_a_label_do_not_count(context):

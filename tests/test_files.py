@@ -36,6 +36,30 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     assert files.read_lines(tmp_path / "none") == []
 
 
+@pytest.mark.parametrize("damage", [b'{"a"', b"[1]", b"\xff\xfe", b"3", b"{'a': 1}"])
+def test_a_damaged_line_is_told_and_only_an_unfinished_last_one_forgiven(damage, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + damage + b'\n{"a": 3}\n')
+    with pytest.raises(files.Failed, match=r"lines\.jsonl: line 2 is damaged"):
+        files.read_lines(path)
+    path.write_bytes(b'{"a": 1}\n' + damage + b"\n")
+    with pytest.raises(files.Failed, match="line 2 is damaged"):
+        files.read_lines(path)
+
+
+def test_files_are_compared_with_what_a_marker_says_was_written(tmp_path):
+    (tmp_path / "model").write_text("weights")
+    marker = tmp_path / "proxy.json"
+    files.write_json(marker, {"wrote": files.written(tmp_path, ["model"])})
+    files.check_written(marker)
+    (tmp_path / "model").write_text("weighty")
+    with pytest.raises(files.Failed, match=r"model is not what was written.*delete .*proxy\.json"):
+        files.check_written(marker)
+    (tmp_path / "model").unlink()
+    with pytest.raises(files.Failed, match="model is gone"):
+        files.check_written(marker)
+
+
 def test_a_locked_folder_is_refused_until_its_holder_is_gone(tmp_path):
     held = files.lock_folder(tmp_path)
     with pytest.raises(files.Refused, match="in use by another process"):

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import os
+import time
 
 import pytest
 import torch
@@ -107,7 +109,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(context, tmp_pa
     with pytest.raises(Interrupted):
         run(task, context, optimizer="adamw", lr=0.01)
     context.stop.number = None
-    assert [path.name for path in context.checkpoints._found()] == ["proxy_0_00000007"]
+    assert [path.name for path in context.checkpoints._found("proxy_0")] == ["proxy_0_00000007"]
     resumed = run(make(), context, optimizer="adamw", lr=0.01)
     assert same(whole, resumed)
     again = read_lines(context.folder / "metrics.jsonl")
@@ -195,7 +197,7 @@ def test_weights_that_are_not_finite_are_never_saved(context):
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(context):
     context.checkpoint_every = 3
     run(make(), context)
-    found = context.checkpoints._found()
+    found = context.checkpoints._found("proxy_0")
     assert [path.name for path in found] == ["proxy_0_00000009", "proxy_0_00000012"]
     state = found[1] / "state.safetensors"
     content = bytearray(state.read_bytes())
@@ -206,6 +208,31 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(context):
     assert "damaged" in said[0]
     (found[0] / "state.json").write_text("{")
     assert context.checkpoints.load("proxy_0", "x", said.append) is None
+
+
+def test_a_state_that_was_edited_is_passed_over(context):
+    context.checkpoint_every = 3
+    run(make(), context)
+    path = context.folder / "checkpoints" / "proxy_0_00000012" / "state.json"
+    text = path.read_text()
+    path.write_text(text.replace('"step": 12', '"step": 11'))
+    assert path.read_text() != text
+    assert context.checkpoints.load("proxy_0", "x", lambda line: None).step == 9
+
+
+def test_checkpoints_go_by_their_step_not_by_the_files_time(context):
+    context.checkpoint_every = 3
+    run(make(), context, last=9)
+    old = list((context.folder / "checkpoints").iterdir())
+    ahead = time.time() + 10_000
+    for path in old:
+        os.utime(path, (ahead, ahead))
+    run(make(), context, first=9)
+    assert sorted(p.name for p in (context.folder / "checkpoints").iterdir()) == [
+        "proxy_0_00000009",
+        "proxy_0_00000012",
+    ]
+    assert context.checkpoints.load("proxy_0", "x").step == 12
 
 
 def test_a_checkpoint_of_another_phase_or_recipe_is_not_taken_up(context):

@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import timm
 
 from tests.conftest import ROOT, call
+from training import backbone as B
 from training import recipe
 from training.__main__ import main
 from training.files import read_lines
@@ -23,6 +25,23 @@ def test_it_resolves_and_opens_with_paper_command_cost_and_result(folder):
     assert made.card.about == (folder / "README.md").read_text().strip()
     measured = (folder / "records.jsonl").exists()
     assert measured != ("not yet run" in head)
+
+
+# Their last stage is dilated over maps of 2 x 2; they go when the networks that replace them are trained.
+DEAD = ("sslpp_resnet18_s32", "sslpp_convnext_atto_s32")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_weight_of_its_network_sees_data(folder):
+    made = recipe.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "digits"])
+    network = B.create(made.model, made.data.size, pretrained=False)
+    assert bool(B.dead_taps(network, made.data.size)) == folder.name.startswith(DEAD)
+
+
+@pytest.mark.parametrize("name", timm.list_models("sslpp_*"))
+def test_every_weight_of_an_entrypoint_sees_data(name):
+    network = timm.create_model(name)
+    assert bool(B.dead_taps(network, network.pretrained_cfg["input_size"][-1])) == (name in DEAD)
 
 
 @pytest.mark.parametrize("name", FOR_A_GPU)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -229,6 +230,74 @@ def test_true_labels_that_change_are_noticed_where_they_are_used(tmp_path):
     assert (changed.returncode, changed.stderr.startswith("error: labels: ")) == (2, True)
 
 
+def flip(path, place=-1):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "marker"),
+    [
+        ("proxy/model.safetensors", "proxy.json"),
+        ("proxy/config.json", "proxy.json"),
+        ("round_1/model.safetensors", "relearn.json"),
+        ("round_1/labels.parquet", "clusters.json"),
+        ("round_1/clusters.safetensors", "clusters.json"),
+    ],
+)
+def test_what_a_phase_wrote_is_checked_before_it_is_used(damaged, marker, finished, picture_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "hub")
+    flip(folder / damaged)
+    done = train(folder, picture_folder)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"{folder / damaged} is not what was written" in done.stderr
+    assert f"delete {(folder / damaged).parent / marker}" in done.stderr
+    assert not (folder / "hub").exists()
+    ((folder / damaged).parent / marker).unlink()
+    again = train(folder, picture_folder)  # as the sentence says
+    assert again.returncode == 0, again.stderr
+    names = ("proxy/model.safetensors", "round_1/labels.parquet", "hub/model.safetensors")
+    assert all((folder / name).read_bytes() == (finished[0] / name).read_bytes() for name in names)
+
+
+def test_records_are_whole_or_measured_anew(finished, picture_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    path = folder / "records.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines(True)
+    path.write_text("".join(lines[:4]) + "{ torn\n" + "".join(lines[5:]))
+    done = train(folder, picture_folder)
+    assert (done.returncode, "records.jsonl: line 5 is damaged" in done.stderr) == (1, True)
+    sslpp = next(i for i, line in enumerate(lines) if '"arm": "sslpp"' in line)
+    edited = re.sub(r'"value": [\d.]+', '"value": 0.999', lines[sslpp])
+    for other in ([*lines[:sslpp], edited, *lines[sslpp + 1 :]], lines[:sslpp] + lines[sslpp + 1 :]):
+        assert other != lines
+        path.write_text("".join(other))
+        done = train(folder, picture_folder)
+        assert done.returncode == 0, done.stderr
+        assert "measuring sslpp, round 1 again: its records are not those that were written" in done.stdout
+        assert "measuring random" not in done.stdout
+        assert path.read_text().count("\n") == whole.count("\n")
+        assert "0.999" not in path.read_text()
+
+
+def test_pixels_in_a_file_are_checked_before_they_are_used(picture_folder, tmp_path):
+    options = ["--data.memory_gb", "0", "--relearn.rounds", "0", "--proxy.epochs", "1"]
+    assert train(tmp_path / "whole", picture_folder, *options).returncode == 0
+    shutil.copytree(tmp_path / "whole" / "images", tmp_path / "torn" / "images")
+    pixels = tmp_path / "torn" / "images" / "train.u8"
+    content = pixels.read_bytes()
+    pixels.write_bytes(content[: len(content) // 2] + b"\0" * (len(content) - len(content) // 2))
+    assert train(tmp_path / "torn", picture_folder, *options).returncode == 0
+    assert pixels.read_bytes() == content  # decoded anew
+    one, other = (tmp_path / name / "proxy" / "model.safetensors" for name in ("whole", "torn"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_images_without_labels_and_odd_files_go_through(tmp_path):
     import numpy as np
     from PIL import Image
@@ -247,7 +316,7 @@ def test_images_without_labels_and_odd_files_go_through(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 bad" in done.stdout
     found = records.read(tmp_path / "run" / "records.jsonl")
-    assert {r["protocol"] for r in found} == {"residue", "rankme", "clusters"}
+    assert {r["protocol"] for r in found} == {"residue", "rankme", "label_free", "clusters"}
     stability = {(r["metric"], r["settings"]["k"]) for r in found if r["protocol"] == "clusters"}
     assert {(f"agreement_of_{what}", k) for what in ("seeds", "views") for k in (3, 5)} <= stability
     assert re.search(r"^k = 3 +0\.\d{3} +0\.\d{3}", done.stdout, re.M)

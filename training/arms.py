@@ -23,11 +23,13 @@ class Counts:
         training: images that may be drawn.
         usable: images whose features are clustered, those held out included.
         nuisance: the proxy's nuisance views.
+        other: another task, for the arm of that name.
     """
 
     training: int
     usable: int
     nuisance: tuple[View, ...]
+    other: str | None = None
 
 
 def images_of(schedule: Schedule, counts: Counts) -> int:
@@ -69,6 +71,13 @@ def proxy(recipe: Recipe, counts: Counts) -> None:
     """The proxy task given the whole budget."""
     lengthen(recipe.proxy, budget(recipe, counts), counts)
     recipe.relearn.rounds = 0
+
+
+def other_proxy(recipe: Recipe, counts: Counts) -> None:
+    """Another proxy task from the same start, given the whole budget."""
+    lengthen(recipe.proxy, budget(recipe, counts), counts)
+    recipe.relearn.rounds = 0
+    recipe.proxy.name, recipe.proxy.options = counts.other, {}
 
 
 def clusterfit(recipe: Recipe, counts: Counts) -> None:
@@ -121,6 +130,7 @@ ARMS: dict[str, Callable[[Recipe, Counts], None]] = {
         random,
         proxy_short,
         proxy,
+        other_proxy,
         clusterfit,
         scratch,
         finetune_all,
@@ -167,7 +177,7 @@ def build(arm: str, recipe: Recipe, counts: Counts, lr: float = 1.0, variant: st
     """
     made = copy.deepcopy(recipe)
     ARMS[arm](made, counts)
-    if arm == "proxy":
+    if arm in ("proxy", "other_proxy"):
         made.proxy.lr *= lr
         if variant:
             PROXY_VARIANTS[variant](made)

@@ -25,8 +25,9 @@ import sslpp_models as sslpp_models  # registers the entrypoints
 from . import views
 from .files import Refused, sha256_file
 from .images import Images
-from .recipe import Model
+from .recipe import Model, Views
 
+FILES = ("config.json", "model.safetensors")  # of a saved backbone
 Stage = int | str  # an index into feature_info, or "pooled"
 
 
@@ -138,6 +139,13 @@ def plain_batch(
     return views.normalize(view(batch) if view else batch, mean, std)
 
 
+def random_batch(images: Images, indices: Tensor, device: torch.device, kind: Views, draws: views.Draws) -> Tensor:
+    """A random view of each image, normalised, on the device."""
+    mean, std = (torch.tensor(x, device=device) for x in (images.mean, images.std))
+    whole, sizes = images.pixels.windows(indices, draws.uniform)
+    return views.normalize(views.random_views(kind, whole.to(device), sizes, draws, images.size), mean, std)
+
+
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, after which every module is in the mode that it was in."""
@@ -159,6 +167,7 @@ def extract(
     batch_size: int,
     stages: Iterable[int] = (),
     view: Callable[[Tensor], Tensor] | None = None,
+    random: tuple[Views, int] | None = None,
 ) -> dict[Stage, Tensor]:
     """Float32 features of the un-augmented images, by all processes together, on the CPU of each.
 
@@ -170,6 +179,7 @@ def extract(
         batch_size: images of a forward pass, over all processes.
         stages: whose features, beside the pooled ones.
         view: what is done to the images, [B, 3, H, W] in [0, 1], before they are normalised.
+        random: kind and seed of a random view of each instead of the un-augmented image.
 
     Returns:
         [n, D] for each stage and "pooled", in the order of `indices`.
@@ -180,7 +190,12 @@ def extract(
             share = -(-len(part) // accelerator.num_processes)
             padded = part[torch.arange(share * accelerator.num_processes) % len(part)]
             mine = padded[share * accelerator.process_index :][:share]
-            batch = plain_batch(images, mine, accelerator.device, view)
+            if random is None:
+                batch = plain_batch(images, mine, accelerator.device, view)
+            else:  # the same for any number of processes: each takes its rows of what is drawn for all
+                first = share * accelerator.process_index
+                drawn = views.Draws(random[1] + len(blocks), len(padded), first, first + share)
+                batch = random_batch(images, mine, accelerator.device, random[0], drawn)
             with torch.autocast(accelerator.device.type, enabled=False):
                 found = features(network, batch, stages) if stages else {"pooled": network(batch)}
             blocks.append({key: accelerator.gather(value.float())[: len(part)].cpu() for key, value in found.items()})
@@ -193,6 +208,47 @@ def forward_flops(network: nn.Module, size: int) -> float:
     with evaluating(network), torch.no_grad(), counting_flops() as counter:
         network(torch.zeros(1, 3, size, size, device=device))
     return float(counter.get_total_flops())
+
+
+@torch.no_grad()
+def dead_taps(network: nn.Module, size: int) -> dict[str, tuple[int, int]]:
+    """Convolutions with taps that meet nothing but padding, so that their weights never see data.
+
+    Args:
+        network: a timm model.
+        size: working size, px.
+
+    Returns:
+        For each by its name, how many of the kernel's taps, and how many it has.
+    """
+    found: dict[str, tuple[int, int]] = {}
+
+    def remember(name: str) -> Callable:
+        def hook(conv: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+            alive = 1
+            for axis in (0, 1):
+                kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
+                source, target = inputs[0].shape[2 + axis], output.shape[2 + axis]
+                # As much as the output needs, half of it before: what numbers, "same" and timm's own "same" come to.
+                padding = max(0, (target - 1) * stride + (kernel - 1) * dilation + 1 - source) // 2
+                if not isinstance(conv.padding, str) and any(conv.padding):
+                    padding = conv.padding[axis]
+                places = [[o * stride - padding + t * dilation for o in range(target)] for t in range(kernel)]
+                alive *= sum(any(0 <= place < source for place in tap) for tap in places)
+            total = conv.kernel_size[0] * conv.kernel_size[1]
+            if alive < total:
+                found[name] = total - alive, total
+
+        return hook
+
+    hooks = [m.register_forward_hook(remember(n)) for n, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    try:
+        with evaluating(network):
+            network(torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import read_json, sha256_file, whole_folder, write_json
+from .files import read_json, sha256_file, sha256_json, whole_folder, write_json
 
 KEPT = 2
 
@@ -55,9 +55,10 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def _found(self) -> list[Path]:
-        found = [path for path in self.folder.glob("*") if path.is_dir() and not path.name.startswith(".")]
-        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+    def _found(self, name: str) -> list[Path]:
+        """Those of phase `name`, by their steps."""
+        steps = {path: path.name.rpartition("_")[2] for path in self.folder.glob(f"{name}_*") if path.is_dir()}
+        return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
     def save(self, name: str, task: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Write the state of phase `name` after state["step"] steps, and forget all but the last two."""
@@ -73,17 +74,24 @@ class Checkpoints:
         with whole_folder(self.folder / f"{name}_{state['step']:08d}") as beside:
             save_file(tensors, beside / "state.safetensors")
             digest = sha256_file(beside / "state.safetensors")
-            write_json(beside / "state.json", {**state, "phase": name, "optimizer": others, "sha256": digest})
-        for old in self._found()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            told = {**state, "phase": name, "optimizer": others, "sha256": digest}
+            write_json(beside / "state.json", {**told, "state_sha256": sha256_json(told)})
+        # The last two of this phase; one past this step is another run's, and a phase before this one is over.
+        here = self.folder / f"{name}_{state['step']:08d}"
+        own = self._found(name)
+        kept = own[: own.index(here) + 1][-KEPT:]
+        for old in self.folder.glob("*"):
+            if old not in kept and not old.name.startswith("."):
+                shutil.rmtree(old, ignore_errors=True)
 
     def load(self, name: str, fingerprint: str, say: Any = print) -> Checkpoint | None:
         """The newest whole checkpoint of phase `name` made with the same fingerprint, or None."""
-        for path in reversed(self._found()):
+        for path in reversed(self._found(name)):
             try:
                 state = read_json(path / "state.json")
-                whole = state["sha256"] == sha256_file(path / "state.safetensors")
-            except (OSError, ValueError, KeyError):
+                whole = state.pop("state_sha256") == sha256_json(state)
+                whole = whole and state["sha256"] == sha256_file(path / "state.safetensors")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 whole = False
             if not whole:
                 say(f"{path} is damaged and left aside; going on from the one before it.")

@@ -6,6 +6,7 @@ seeds can be added later.
 """
 
 import copy
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,21 +18,23 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
 from . import arms as A
 from . import backbone as B
-from . import contrast, launch, proxies, records, report, setup
+from . import contrast, launch, proxies, records, setup
 from .command import Parser, guarded
-from .files import Refused, lock_folder, nothing_left, whole_folder, write_text
-from .images import Images
+from .files import Diverged, Refused, lock_folder, nothing_left, whole_folder, write_text
 from .loop import Context
 from .recipe import Recipe, from_values, parser, to_yaml
 from .run import run, run_arm
 
 GRID_SEED = 0
 GRID = (0.25, 1.0, 4.0)
+WIDENED = 2  # times that an arm's grid goes a step further, where the best lies at its edge
 
 
 def command() -> Parser:
     made = parser("python -m training.compare", "Compare SSL++ with its controls at an equal budget.", skip={"seed"})
-    made.add_argument("--arms", type=list[str], default=list(A.ARMS), help="Arms to compare.")
+    usual = [arm for arm in A.ARMS if arm != "other_proxy"]
+    made.add_argument("--arms", type=list[str], default=usual, help="Arms to compare.")
+    made.add_argument("--other_proxy", help="The task of the arm other_proxy, a file of training/proxies.")
     made.add_argument("--seeds", type=list[NonNegativeInt], default=[0, 1, 2], help="Seeds of every arm.")
     made.add_argument(
         "--grid", type=list[PositiveFloat], default=list(GRID), help="Factors of the learning rate that each arm tries."
@@ -44,14 +47,16 @@ def main(arguments: Sequence[str], **defaults: Any) -> None:
     made = command()
     made.set_defaults(defaults)
     values = made.read(arguments)
-    arms, seeds, grid = values.pop("arms"), values.pop("seeds"), values.pop("grid")
+    arms, seeds, grid, other = (values.pop(name) for name in ("arms", "seeds", "grid", "other_proxy"))
+    if ("other_proxy" in arms) != (other is not None):
+        raise Refused("--other_proxy: it names the task of the arm other_proxy; give both, or neither.")
     for arm in arms:
         if arm not in A.ARMS:
             raise Refused(f"--arms: there is no arm {arm!r}; there are {', '.join(A.ARMS)}.")
     if not arms or not seeds or not grid:
         raise Refused("--arms, --seeds and --grid need at least one value each.")
     with launch.StopSignals() as stop:
-        compare(from_values(values, made), [a for a in A.ARMS if a in arms], seeds, grid, stop)
+        compare(from_values(values, made), [a for a in A.ARMS if a in arms], seeds, grid, stop, other)
 
 
 def setting(lr: float, variant: str | None) -> str:
@@ -68,7 +73,7 @@ class Comparison:
         folder: runs/NAME.
         grid: factors of the learning rate.
         counts: what budgets are counted from.
-        images: the splits.
+        read: the splits, and other data sets.
         context: processes and requests to end.
     """
 
@@ -76,7 +81,7 @@ class Comparison:
     folder: Path
     grid: list[float]
     counts: A.Counts
-    images: tuple[Images, Images | None]
+    read: setup.Read
     context: Context
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
@@ -103,14 +108,18 @@ class Comparison:
         made = self.recipe_of(folder, arm, seed, lr, variant)
         made.evaluate.test = made.evaluate.test and test
         self.context.say(f"-- {arm}, seed {seed}, {setting(lr, variant)}")
-        run_arm(made, self.context.stop, arm, self.folder / f"seed_{seed}" / "shared", self.images)
+        run_arm(made, self.context.stop, arm, self.folder / f"seed_{seed}" / "shared", self.read)
         return [r for r in records.read(folder / "records.jsonl") if r["arm"] == arm]
 
     def tried(self, arm: str, lr: float, variant: str | None) -> float:
         """Pooled linear accuracy on the held-out part of an arm with a setting, which the records keep."""
-        rows = self.run(self.grid_folder(arm, lr, variant), arm, GRID_SEED, lr, variant, test=False)
+        try:
+            rows = self.run(self.grid_folder(arm, lr, variant), arm, GRID_SEED, lr, variant, test=False)
+        except Diverged as error:  # a rate that is too large loses; the others are still to be tried
+            self.context.say(f"{arm}, {setting(lr, variant)}: {error}")
+            return -math.inf
         self.keep([{**row, "variant": setting(lr, variant)} for row in rows])
-        pooled = records.value(rows, protocol="linear", stage="pooled", split="val")
+        pooled = records.value(rows, protocol="linear", stage="pooled", split="val", metric="top1")
         # Without labels nothing can be chosen by accuracy: the recipe's own setting stays.
         return -abs(lr - 1.0) if pooled is None else pooled
 
@@ -118,7 +127,13 @@ class Comparison:
         """The arm's learning-rate factor, and for the proxy its variant, that do best on the held-out part."""
         if arm in A.UNTUNED or len(self.grid) == 1:
             return self.grid[0], None
-        by_lr = {lr: self.tried(arm, lr, None) for lr in self.grid}
+        by_lr = {lr: self.tried(arm, lr, None) for lr in sorted(self.grid)}
+        for _ in range(WIDENED):
+            lr, known = max(by_lr, key=by_lr.get), sorted(by_lr)
+            if lr not in (known[0], known[-1]):
+                break
+            beyond = lr * lr / known[1 if lr == known[0] else -2]  # one more step of the grid
+            by_lr[beyond] = self.tried(arm, beyond, None)
         lr = max(by_lr, key=by_lr.get)
         if arm != "proxy":
             return lr, None
@@ -126,7 +141,14 @@ class Comparison:
         return lr, max(by_variant, key=by_variant.get)
 
 
-def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float], stop: launch.StopSignals) -> None:
+def compare(
+    recipe: Recipe,
+    arms: list[str],
+    seeds: list[int],
+    grid: list[float],
+    stop: launch.StopSignals,
+    other: str | None = None,
+) -> None:
     """Run every arm with every seed, and report.
 
     Args:
@@ -135,6 +157,7 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
         seeds: of the runs.
         grid: factors of the learning rate; one alone is taken as it is.
         stop: requests to end.
+        other: task of the arm other_proxy.
     """
     folder = Path(recipe.run)
     recipe = copy.deepcopy(recipe)
@@ -144,17 +167,18 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     with nothing_left(folder):
         lock = lock_folder(folder) if context.main else None
-        images = setup.load_images(recipe, network, context)
-        counts = A.Counts(len(images[0].train), len(images[0].all), proxies.find(recipe.proxy).nuisance)
+        read = setup.load_images(recipe, network, context)
+        train = read[0][0]
+        counts = A.Counts(len(train.train), len(train.all), proxies.find(recipe.proxy).nuisance, other)
         for arm in arms:
             try:
-                setup.refuse(A.build(arm, recipe, counts), images[0], accelerator.num_processes)
+                setup.refuse(A.build(arm, recipe, counts), train, accelerator.num_processes)
             except Refused as error:
                 raise Refused(f"arm {arm}: {error}") from error
-    context.say(report.splits_line(images[0].account))
+    setup.tell(context, train, network)
     if context.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
-    this = Comparison(recipe, folder, grid, counts, images, context)
+    this = Comparison(recipe, folder, grid, counts, read, context)
     context.say(f"{len(arms)} arms, seeds {seeds}, {round(A.budget(recipe, counts)):,} images each")
     for arm in arms:
         lr, variant = this.choose(arm)
@@ -163,13 +187,18 @@ def compare(recipe: Recipe, arms: list[str], seeds: list[int], grid: list[float]
             tried = this.grid_folder(arm, lr, variant)
             if context.main and seed == GRID_SEED and tried.exists() and not place.exists():
                 with whole_folder(place) as beside:  # the same run; only the test split was left alone there
-                    shutil.copytree(tried, beside, ignore=shutil.ignore_patterns("records.jsonl"), dirs_exist_ok=True)
+                    shutil.copytree(
+                        tried,
+                        beside,
+                        ignore=shutil.ignore_patterns("records.jsonl", "measured.json"),
+                        dirs_exist_ok=True,
+                    )
             accelerator.wait_for_everyone()
             this.keep(this.run(place, arm, seed, lr, variant, test=True))
     text = contrast.write(folder) if context.main else ""
     if "sslpp" in arms:  # whose backbone is worth having: with a report and hub/ of its own
         place = folder / f"seed_{seeds[0]}" / "sslpp"
-        run(this.recipe_of(place, "sslpp", seeds[0], *this.choose("sslpp")), stop, images, folder)
+        run(this.recipe_of(place, "sslpp", seeds[0], *this.choose("sslpp")), stop, read, folder)
     context.say(text)
     if lock:
         lock.close()

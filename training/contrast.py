@@ -37,6 +37,7 @@ def metric(rows: Records, arm: str, seed: int, name: str, split: str) -> float |
     """A metric of one arm and seed in points, None where it was not measured."""
     protocol, which = name.split()
     found = [r for r in rows if (r["arm"], r["seed"], r["protocol"], r["split"]) == (arm, seed, protocol, split)]
+    found = [r for r in found if r["metric"] == "top1"]
     found = [r for r in found if protocol != "knn" or r["settings"]["k"] == min(KNN, r["settings"]["n"])]
     by_stage = {r["stage"]: 100 * r["value"] for r in found}
     pooled, stages = by_stage.pop("pooled", None), sorted(by_stage)
@@ -112,11 +113,28 @@ def tables(rows: Records) -> list[list[list[str]]]:
     return [summary(rows, split), *(contrast(rows, name, split) for name in ("linear pooled", "knn pooled"))]
 
 
+def transferred(rows: Records) -> list[list[list[str]]]:
+    """Paired differences of pooled features on each other data set."""
+    result = []
+    for data in dict.fromkeys(r["data"].split("@")[0] for r in rows if r["protocol"] == "transfer"):
+        here = [r for r in rows if r["protocol"] == "transfer" and r["data"].split("@")[0] == data]
+        here = [{**r, "protocol": r["settings"]["probe"]} for r in here]
+        for name in ("linear pooled", "knn pooled"):
+            head, *lines = contrast(here, name, report.split_of(here))
+            result.append([[f"{data}: {head[0]}", *head[1:]], *lines])
+    return result
+
+
 def grid(rows: Records) -> list[list[str]]:
     """What was tried for each arm on the held-out part of train."""
     tried: dict[tuple[str, str], float] = {}
     for r in rows:
-        if r.get("variant") and (r["protocol"], r["stage"], r["split"]) == ("linear", "pooled", "val"):
+        if r.get("variant") and [r[n] for n in ("protocol", "stage", "split", "metric")] == [
+            "linear",
+            "pooled",
+            "val",
+            "top1",
+        ]:
             tried[r["arm"], r["variant"]] = 100 * r["value"]
     best = {arm: max((key for key in tried if key[0] == arm), key=tried.get) for arm, _ in tried}  # of equals the first
     lines = [["linear probe, pooled, on the held-out part", "setting", "top-1 %", "chosen"]]
@@ -139,7 +157,7 @@ def write(folder: Path) -> str:
         "positive ones speak for SSL++, but for drop and residue, where less is better. A difference counts only if "
         "its 95 % t interval excludes 0."
     )
-    every = [summary(shown, split), *(contrast(shown, name, split) for name in METRICS)]
+    every = [summary(shown, split), *(contrast(shown, name, split) for name in METRICS), *transferred(shown)]
     tried = grid(rows)
     parts = [f"# {folder.name}", intro, *(report.as_markdown(lines) for lines in every if len(lines) > 1)]
     for name, caption in (("stages", "Accuracy and residue by stage"), ("operations", "Accuracy against operations")):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import backbone as B
 from . import clusters, images, launch, proxies, recipe, sources
 from .command import Parser, as_timm_names, guarded, model_parser
-from .files import Refused, read_json, sha256_file, whole_file
+from .files import Refused, check_written, read_json, sha256_file, whole_file
 from .images import Images
 from .loop import Context
 from .setup import one_process, scaled_for
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
 def assign(folder: Path, found: Images, context: Context, batch_size: int) -> dict[str, Tensor]:
     """Labels and distances of an earlier clustering, by the features of the backbone that it was made from."""
     earlier = clusters.Clustered(folder)
+    check_written(folder / "clusters.json")
     read = read_json(folder / "clusters.json")["read"]
     beside = [path for path in folder.parent.iterdir() if (path / "model.safetensors").exists()]
     source = next((path for path in beside if sha256_file(path / "model.safetensors") == read["backbone"]), None)

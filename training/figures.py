@@ -20,6 +20,7 @@ COLOURS = {
     "random": "#8c8c8c",
     "proxy_short": "#8fb8de",
     "proxy": "#3b75af",
+    "other_proxy": "#1f4e79",
     "clusterfit": "#845b53",
     "scratch": "#c03d3e",
     "finetune_all": "#3a923a",
@@ -28,6 +29,7 @@ COLOURS = {
     "sslpp": "#e1812c",
     "supervised": "#333333",
 }
+NO_CURVES = ("phase", "round", "step", "images", "images_per_second", "lr")
 TILE = 64  # px of an image in a sheet
 PANELS = (
     ("linear", None, "linear probe"),
@@ -94,7 +96,7 @@ def stages(path: Path, records: list[dict[str, Any]], arms: list[str], split: st
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), squeeze=False)
     for axis, (protocol, k, title) in zip(axes[0], panels, strict=True):
-        rows = [r for r in records if r["protocol"] == protocol and r["split"] == split]
+        rows = [r for r in records if (r["protocol"], r["split"], r["metric"]) == (protocol, split, "top1")]
         present = {r["settings"].get("k") for r in rows}
         k = k if k in present else min(present, default=None, key=lambda n: n or 0)
         rows = [r for r in rows if r["settings"].get("k") == k]
@@ -120,7 +122,8 @@ def stages(path: Path, records: list[dict[str, Any]], arms: list[str], split: st
 
 def costs(path: Path, records: list[dict[str, Any]], arms: list[str], split: str) -> None:
     """Pooled linear accuracy against floating-point operations, a point for each arm, bars from seed to seed."""
-    rows = [r for r in records if (r["protocol"], r["stage"], r["split"]) == ("linear", "pooled", split)]
+    wanted = ("linear", "pooled", split, "top1")
+    rows = [r for r in records if (r["protocol"], r["stage"], r["split"], r["metric"]) == wanted]
     if not rows:
         return
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
@@ -136,6 +139,29 @@ def costs(path: Path, records: list[dict[str, Any]], arms: list[str], split: str
     axis.set_xlabel("floating-point operations (forward, backward, clustering)")
     axis.set_ylabel(f"linear probe, pooled, top-1 on {split}, %")
     axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def lowshot(path: Path, records: list[dict[str, Any]], arms: list[str], split: str) -> None:
+    """Accuracy of the probe on few images of each class, a line for each arm, bars: deviation over draws."""
+    rows = [r for r in records if (r["protocol"], r["split"], r["metric"]) == ("lowshot", split, "top1")]
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    for arm in arms:
+        here = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["settings"]["shots"])
+        if here:
+            x, y, bars = zip(
+                *((r["settings"]["shots"], 100 * r["value"], 100 * r["deviation"]) for r in here), strict=True
+            )
+            axis.errorbar(x, y, yerr=bars, fmt="o-", ms=4, color=COLOURS[arm], capsize=3, label=arm)
+    shots = sorted({r["settings"]["shots"] for r in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(shots, map(str, shots))
+    axis.set_xlabel("labelled images of each class")
+    axis.set_ylabel(f"linear probe, pooled, top-1 on {split}, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     _save(figure, path)
 
 
@@ -160,21 +186,38 @@ def fine_tuned(path: Path, found: dict[str, dict[float, list[float]]]) -> None:
 
 
 def curves(path: Path, metrics: Path) -> None:
-    """Loss and accuracy against images, a column for each phase and round."""
+    """Every metric of training, and what features tell now and then, against images; a column for each phase."""
     rows = read_lines(metrics)
     phases = list(dict.fromkeys((row["phase"], row["round"]) for row in rows))
+    told = dict.fromkeys(name for row in rows for name in row if name not in NO_CURVES)
+    accuracies = [name for name in ("knn", "linear", "retrieval") if name in told]  # in one panel
+    panels = [[name] for name in told if name not in accuracies] + ([accuracies] if accuracies else [])
     if not phases:
         return
-    figure, axes = plt.subplots(2, len(phases), figsize=(4.2 * len(phases), 4.6), squeeze=False, sharex="col")
+    size = (4.2 * len(phases), 2.2 * len(panels) + 0.4)
+    figure, axes = plt.subplots(len(panels), len(phases), figsize=size, squeeze=False, sharex="col")
     for column, (name, number) in enumerate(phases):
         here = [row for row in rows if (row["phase"], row["round"]) == (name, number)]
-        x = [row["images"] for row in here]
-        for axis, metric in zip(axes[:, column], ("loss", "accuracy"), strict=True):
-            axis.plot(x, [row.get(metric, np.nan) for row in here], lw=1, color=COLOURS["sslpp" if number else "proxy"])
-            axis.set_ylabel(metric)
+        for axis, metrics_of in zip(axes[:, column], panels, strict=True):
+            for style, metric in zip(("-", "--", ":"), metrics_of, strict=False):
+                known = [(row["images"], row[metric]) for row in here if metric in row]
+                few = "o" if len(known) < 30 else None
+                colour = COLOURS["sslpp" if number else "proxy"]
+                axis.plot(
+                    *zip(*known, strict=True) if known else ([], []),
+                    style,
+                    marker=few,
+                    ms=3,
+                    lw=1,
+                    color=colour,
+                    label=metric,
+                )
+            axis.set_ylabel(", ".join(metrics_of))
             axis.grid(alpha=0.3)
+            if len(metrics_of) > 1:
+                axis.legend(fontsize=8)
         axes[0, column].set_title(f"{name} {number}" if number else name, fontsize=10)
-        axes[1, column].set_xlabel("images seen")
+        axes[-1, column].set_xlabel("images seen")
     figure.tight_layout()
     _save(figure, path)
 

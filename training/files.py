@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,10 @@ class Refused(Exception):
 
 class Failed(Exception):
     """Work that broke off; its text is the one sentence the user sees (exit status 1)."""
+
+
+class Diverged(Failed):
+    """A training whose loss, weights or features are no longer finite."""
 
 
 def _sync(path: Path) -> None:
@@ -82,13 +86,24 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object a line; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """Read one JSON object a line; a last line that a kill cut short is left out.
+
+    Raises:
+        Failed: another line is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line) if line else None
+        except ValueError:  # of JSON, or of UTF-8
+            row = False
+        if row is False and number == len(lines):
+            break  # without its line break it was never finished
+        if not isinstance(row, dict) and line:
+            raise Failed(f"{path}: line {number} is damaged; remove it, or take the file back from a copy.")
+        if line:
+            rows.append(row)
     return rows
 
 
@@ -114,6 +129,26 @@ def nothing_left(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # others may have come to use it
                 path.rmdir()
         raise
+
+
+def written(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """sha256 of files of a folder, as a marker tells what was written."""
+    return {name: sha256_file(folder / name) for name in sorted(names)}
+
+
+def check_written(marker: Path) -> None:
+    """Compare the files that a marker tells of with what was written then.
+
+    Raises:
+        Failed: one is another, or gone.
+    """
+    for name, digest in read_json(marker).get("wrote", {}).items():
+        path = marker.parent / name
+        if not path.exists() or sha256_file(path) != digest:
+            raise Failed(
+                f"{path} is {'not what was written' if path.exists() else 'gone'}: its sha256 is not the one in "
+                f"{marker.name}; delete {marker} to do that phase again, or take the file back from a copy."
+            )
 
 
 def lock_folder(folder: Path) -> IO[str]:

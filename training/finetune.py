@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from . import backbone as B
 from . import launch, records, report
 from .command import Parser, as_timm_names, guarded, model_parser, short_name
-from .files import Refused, lock_folder, nothing_left, read_json, sha256_file, sha256_json, whole_folder, write_json
+from .files import (
+    Refused,
+    check_written,
+    lock_folder,
+    nothing_left,
+    read_json,
+    sha256_file,
+    sha256_json,
+    whole_folder,
+    write_json,
+    written,
+)
 from .images import Images, write_bad
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
@@ -330,7 +341,8 @@ class Keeper:
         with whole_folder(self.context.folder / name) as beside:
             licence = "" if self.settings.scratch else network.pretrained_cfg.get("license") or ""
             B.save(network, beside, train, tag="finetuned", license=licence, label_names=train.label_names)
-            write_json(beside / "finetune.json", {"step": step, "val_top1": top1})
+            made = written(beside, B.FILES)
+            write_json(beside / "finetune.json", {"step": step, "val_top1": top1, "wrote": made})
 
     def measure(self, model: str, settings: Finetune, precision: str) -> None:
         """Records of the best and the last classifier, on the held-out part and the test split."""
@@ -342,6 +354,7 @@ class Keeper:
             folder = self.context.folder / name
             if not folder.exists():
                 raise Refused(f"{folder} is gone; choose another --run, or remove {folder.parent} to train again.")
+            check_written(folder / "finetune.json")
             network = B.load(folder).to(self.context.accelerator.device)
             for split in ("val", *(s for s in self.splits if s != "train")):
                 value = self.top1(network, split)

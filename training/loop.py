@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import backbone as B
 from .checkpoints import Checkpoints
-from .files import Failed, Refused, read_lines, write_lines
+from .files import Diverged, Refused, read_lines, write_lines
 from .images import Images
 from .launch import Interrupted, Key, StopSignals, seed_all
 from .recipe import Schedule
@@ -164,14 +164,14 @@ class Window:
         """Means over the window and the processes, and images/s; `step` steps are done.
 
         Raises:
-            Failed: a loss was not finite.
+            Diverged: a loss was not finite.
         """
         names = list(self.steps[0])
         table = torch.stack([torch.stack([one[name].float() for name in names]) for one in self.steps])
         table = self.context.accelerator.reduce(table, "mean").cpu()
         wrong = (~table[:, names.index("loss")].isfinite()).nonzero().flatten()
         if len(wrong):
-            raise Failed(f"the loss is not finite at step {step - len(self.steps) + int(wrong[0]) + 1}")
+            raise Diverged(f"the loss is not finite at step {step - len(self.steps) + int(wrong[0]) + 1}")
         seconds = time.perf_counter() - self.since
         result = dict(zip(names, table.mean(0).tolist(), strict=True))
         result["images_per_second"] = len(self.steps) * images / seconds
@@ -207,7 +207,7 @@ def train(
             returns is logged.
 
     Raises:
-        Failed: the loss is not finite; the last good checkpoint is kept.
+        Diverged: the loss is not finite; the last good checkpoint is kept.
         Interrupted: a signal came; a checkpoint has been written.
     """
     accelerator = context.accelerator
@@ -262,19 +262,21 @@ def train(
                 bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in {**means, "lr": rate}.items()), refresh=False)
             if due or ends or (epoch_end and step % epoch_steps == 0):
                 B.unite_norms(task)
-            if epoch_end and (step % epoch_steps == 0 or step == total):
-                # Before the checkpoint, after which this epoch is over for good.
-                log.write(step, **epoch_end(step, total))
+            ended = epoch_end and (step % epoch_steps == 0 or step == total)
+            # Before the checkpoint, after which this epoch is over for good.
+            if ended and (told := epoch_end(step, total)):
+                log.write(step, images=step * schedule.batch_size, **told)
+                bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in told.items()), refresh=False)
             if due or ends:
                 meter.read(step - saved_at)
                 save_checkpoint(task, optimizer.optimizer, key, step, fingerprint, context)
                 saved_at = step
             if ends:
                 raise Interrupted(context.stop.number or signal.SIGTERM)
-    except Failed as error:
+    except Diverged as error:
         kept = f"the checkpoint of step {saved_at} is kept" if saved_at else "there is no checkpoint yet"
         advice = "a lower learning rate, clip_grad or --precision fp32 may help"
-        raise Failed(f"{key.phase}: {error}; {kept}; {advice}.") from error
+        raise Diverged(f"{key.phase}: {error}; {kept}; {advice}.") from error
     finally:
         context.stop.deferred = False
         bar.close()
@@ -313,10 +315,10 @@ def save_checkpoint(
     """Write a checkpoint on the main process, if the weights are worth keeping.
 
     Raises:
-        Failed: a weight is not finite.
+        Diverged: a weight is not finite.
     """
     if not all(bool(value.isfinite().all()) for value in task.state_dict().values() if value.is_floating_point()):
-        raise Failed(f"a weight is not finite after step {step}")
+        raise Diverged(f"a weight is not finite after step {step}")
     if context.main:
         state = {"step": step, "budget": context.budget, "fingerprint": fingerprint}
         if context.accelerator.scaler:  # of fp16

@@ -240,6 +240,12 @@ class Evaluate:
     """Temperature of their weights."""
     residue_images: PositiveInt = 5_000
     """Most images, each in all of the proxy's nuisance views, on which the residue is measured."""
+    shots: list[PositiveInt] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    """Images of each class that the probe is fitted on, five draws each; none for an empty list."""
+    transfer: list[str] = field(default_factory=list)
+    """Other data sets with labels, as data.path names them, on which linear and knn are measured, too."""
+    every: NonNegativeInt = 10
+    """Epochs between two looks at the live features while phases 1 and 3 train; 0 for none."""
 
 
 @dataclass
@@ -298,9 +304,9 @@ READS = {
     "proxy": (*COMMON, "proxy"),
     "clusters": (*COMMON, "clusters", "proxy.name"),
     "relearn": (*COMMON, "relearn"),
-    "evaluate": (*COMMON, "evaluate", "proxy.name"),
+    "evaluate": (*COMMON, "evaluate", "proxy.name", "relearn.views"),
 }
-IGNORED = ("relearn.rounds",)
+IGNORED = ("relearn.rounds", "evaluate.every", "evaluate.transfer")
 
 
 def flatten(settings: Any) -> dict[str, Any]:

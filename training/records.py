@@ -2,6 +2,7 @@
 
 import platform
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from .files import read_lines, write_lines
 
 # What makes two records figures of the same thing: a newer one replaces an older.
 IDENTITY = ("arm", "model", "seed", "phase", "round", "stage", "protocol", "data", "split", "metric", "variant")
-SETTINGS = ("k", "views", "labels", "scratch")
+SETTINGS = ("k", "views", "labels", "scratch", "probe", "shots")
 
 
 def identity(record: dict[str, Any]) -> tuple:
@@ -24,10 +25,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return read_lines(path)
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add records to a file; one of the same thing replaces an older one."""
-    merged = {identity(record): record for record in read(path)} | {identity(record): record for record in records}
-    write_lines(path, list(merged.values()))
+def write(
+    path: Path, records: list[dict[str, Any]], replaces: Callable[[dict[str, Any]], bool] = lambda record: False
+) -> None:
+    """Add records to a file; one of the same thing replaces an older one, and so do all what `replaces` tells."""
+    kept = {identity(record): record for record in read(path) if not replaces(record)}
+    write_lines(path, list((kept | {identity(record): record for record in records}).values()))
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ gradient (Kumar et al., ICLR 2022); then it trains on at `low_lr` of the learnin
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ def relearn(
     key: Key,
     context: Context,
     fingerprint: str,
+    watch: Callable[[Relearn, int], Callable[[int, int], dict[str, float]]] | None = None,
 ) -> nn.Module:
     """Train phase 3 from `network`, which is changed, and return the relearned backbone.
 
@@ -125,6 +127,7 @@ def relearn(
         classes: number of clusters of each head.
         images: the training split.
         key, context, fingerprint: as `loop.train` takes them.
+        watch: makes `loop.train`'s `epoch_end` of the task and the number of images that it draws from.
     """
     indices = images.train[(labels[images.train] >= 0).any(1)]
     # As many steps as with all images, so that leaving some out does not make the phase shorter.
@@ -139,8 +142,9 @@ def relearn(
         fresh = B.create(model, images.size, pretrained=False)
         B.reinit(network, names if settings.reinit == "all" else names - low, fresh)
     task = Relearn(network, low, labels, classes, settings, images, settled)
+    look = watch(task, len(indices)) if watch else None
     task.freeze_low(True)
-    train(task, images, indices, settings, key, context, fingerprint, last=settled)
+    train(task, images, indices, settings, key, context, fingerprint, last=settled, epoch_end=look)
     task.freeze_low(settings.low_lr == 0)
-    train(task, images, indices, settings, key, context, fingerprint, first=settled)
+    train(task, images, indices, settings, key, context, fingerprint, first=settled, epoch_end=look)
     return task.result()

@@ -1,5 +1,6 @@
 """Records to tables: on the screen, in report.md, in cards."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ from .files import read_json, write_text
 from .recipe import Recipe
 
 Records = list[dict[str, Any]]
+Table = list[list[str]]
 TITLES = {
     "linear": "linear probe, top-1 %",
     "knn": "nearest neighbours, top-1 %",
     "residue": "residue, top-1 % (lower: less of the proxy is left)",
     "rankme": "RankMe (effective rank)",
 }
+EVERY = (*TITLES, "transfer")  # protocols that are measured by stage
 PICTURES = {
     "stages": "Accuracy of frozen features by stage, and how much of the proxy task is left in them",
     "arms": "The same for every arm of the comparison",
+    "lowshot": "Accuracy on few labelled images of each class; bars: standard deviation over five draws",
     "neighbours": "Held-out images and their nearest training images, under the proxy's backbone and the result's",
     "clusters": "Clusters of the last round",
     "curves": "Training",
@@ -35,26 +39,69 @@ def last_round(records: Records, arm: str) -> Records:
     return [r for r in rows if r["round"] == max(x["round"] for x in rows)]
 
 
-def tables(records: Records, arms: list[str]) -> list[tuple[str, list[list[str]]]]:
-    """(title, rows) for each protocol: a row for each arm, a column for each stage and the pooled features."""
+def tables(records: Records, arms: list[str], protocols: Collection[str] = TITLES) -> list[tuple[str, Table]]:
+    """(protocol, rows) of tables with a row for each arm and a column for each stage and the pooled features.
+
+    One for each number of neighbours, each other data set that features were transferred to, and for balanced accuracy
+    where classes are of unequal size.
+    """
     shown = [r for arm in arms for r in last_round(records, arm)]
     stages = sorted({r["stage"] for r in shown if r["stage"] != "pooled"})
     result = []
-    for protocol, title in TITLES.items():
-        rows = [r for r in shown if r["protocol"] == protocol]
-        rows = [r for r in rows if r["split"] == split_of(rows)]  # a test split may have no labels
-        for k in sorted({r["settings"].get("k") or 0 for r in rows}):
-            head = [f"{title}, k = {k}" if k else title, *(f"stage {s}" for s in stages), "pooled"]
-            lines = [head]
+    for protocol in protocols:
+        of = [r for r in shown if r["protocol"] == protocol]
+        for title in dict.fromkeys(map(title_of, of)):
+            rows = [r for r in of if title_of(r) == title]
+            rows = [r for r in rows if r["split"] == split_of(rows)]  # a test split may have no labels
+            lines = [[title, *(f"stage {s}" for s in stages), "pooled"]]
             for arm in arms:
-                values = {
-                    r["stage"]: r["value"] * (1 if protocol == "rankme" else 100)
-                    for r in rows
-                    if r["arm"] == arm and (r["settings"].get("k") or 0) == k
-                }
+                scale = 1 if protocol == "rankme" else 100
+                values = {r["stage"]: r["value"] * scale for r in rows if r["arm"] == arm}
                 if values:
                     lines.append([arm, *(f"{values[s]:.1f}" if s in values else "" for s in (*stages, "pooled"))])
             result.append((protocol, lines))
+    return result
+
+
+def title_of(record: dict[str, Any]) -> str:
+    """The title of the table that a record of features by stage belongs to."""
+    settings, protocol = record["settings"], record["protocol"]
+    title = TITLES[settings.get("probe", protocol)]
+    if record["metric"] == "balanced":
+        title = title.replace("top-1 %", "mean over classes, %")
+    if protocol == "transfer":
+        title = f"{record['data'].split('@')[0]}: {title}"
+    return f"{title}, k = {settings['k']}" if settings.get("k") else title
+
+
+def pooled_tables(records: Records, arms: list[str]) -> list[Table]:
+    """Tables of pooled features alone: the probe on few images of each class, and scores that need no labels."""
+    result = []
+    shown = [r for arm in arms for r in last_round(records, arm) if r["stage"] == "pooled"]
+    few = [r for r in shown if r["protocol"] == "lowshot"]
+    for metric in dict.fromkeys(r["metric"] for r in few):
+        rows = [r for r in few if r["metric"] == metric and r["split"] == split_of(few)]
+        shots = sorted({r["settings"]["shots"] for r in rows})
+        words = "top-1 %" if metric == "top1" else "mean over classes, %"
+        lines = [[f"linear probe on few images of a class, {words}", *(f"{n} each" for n in shots)]]
+        for arm in arms:
+            cells = {
+                r["settings"]["shots"]: f"{100 * r['value']:.1f} ± {100 * r['deviation']:.1f}"
+                for r in rows
+                if r["arm"] == arm
+            }
+            if cells:
+                lines.append([arm, *(cells.get(n, "") for n in shots)])
+        result.append(lines)
+    free = [r for r in shown if r["protocol"] == "label_free"]
+    if free:
+        metrics = list(dict.fromkeys(r["metric"] for r in free))
+        lines = [["without labels", *(name.replace("_", " ") for name in metrics)]]
+        for arm in arms:
+            values = {r["metric"]: r["value"] for r in free if r["arm"] == arm}
+            if values:
+                lines.append([arm, *(f"{values[name]:.3f}" if name in values else "" for name in metrics)])
+        result.append(lines)
     return result
 
 
@@ -112,7 +159,7 @@ def gain(records: Records, arm: str) -> str:
 
     def pooled(name: str, protocol: str) -> tuple[float, int, int] | None:
         rows = [r for r in last_round(records, name) if r["stage"] == "pooled" and r["split"] == split]
-        rows = [r for r in rows if r["protocol"] == protocol]
+        rows = [r for r in rows if r["protocol"] == protocol and r["metric"] == "top1"]
         return (100 * rows[0]["value"], rows[0]["images_seen"], rows[0]["seed"]) if rows else None
 
     parts = []
@@ -148,6 +195,7 @@ def draw(folder: Path, records: Records, arm: str, last: Path) -> None:
     """The figures in report/ that need no network."""
     shown = [r for name in ("random", "proxy_short", arm) for r in last_round(records, name)]
     figures.stages(folder / "report" / "stages.png", shown, ["random", "proxy_short", arm], split_of(records))
+    figures.lowshot(folder / "report" / "lowshot.png", shown, ["random", "proxy_short", arm], split_of(records))
     figures.curves(folder / "report" / "curves.png", folder / "metrics.jsonl")
     sheet = last / "clusters.png"
     if sheet.exists():
@@ -157,7 +205,7 @@ def draw(folder: Path, records: Records, arm: str, last: Path) -> None:
 def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) -> str:
     """Write report.md; the text for the screen."""
     arms = [name for name in ("random", "proxy_short", arm) if any(r["arm"] == name for r in records)]
-    found = [lines for _, lines in tables(records, arms)]
+    found = [lines for _, lines in tables(records, arms, EVERY)] + pooled_tables(records, arms)
     if len(pseudo := cluster_table(records, arm)) > 1:
         found.append(pseudo)
     code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
@@ -170,5 +218,7 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     parts.append(f"## Use it\n\n```python\n{code}\n```")
     parts.append("Figures are in records.jsonl, the recipe in recipe.yaml.")
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
-    screen = map(as_text, found)
+    # On the screen what is read first: top-1, and one number of neighbours.
+    short = [lines for lines in found if "mean over" not in lines[0][0] and "k = 200" not in lines[0][0]]
+    screen = map(as_text, short)
     return "\n\n".join(["", *screen, gain(records, arm), code, f"More, with figures: {folder / 'report.md'}"])

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,22 @@ from torch import nn
 
 from . import backbone as B
 from . import clusters, export, figures, proxies, records, report
-from .evaluate import evaluate
-from .files import read_json, sha256_file, sha256_json, whole_file, whole_folder, write_json
+from .evaluate import Over, evaluate
+from .evaluate.online import Online
+from .files import check_written, read_json, sha256_file, sha256_json, whole_file, whole_folder, write_json, written
 from .images import Images
 from .launch import StopSignals, seed_all
 from .loop import train
-from .recipe import READS, Recipe, phase_fields
+from .recipe import READS, Recipe, Schedule, phase_fields
 from .relearn import relearn
-from .setup import Run, prepare, refuse_other
+from .setup import Read, Run, prepare, refuse_other
+from .task import ViewTask
 
 
 def run(
     recipe: Recipe,
     stop: StopSignals,
-    splits: tuple[Images, Images | None] | None = None,
+    read: Read | None = None,
     comparison: Path | None = None,
 ) -> Path:
     """Do everything of a recipe that is not done yet, and report it.
@@ -33,13 +35,13 @@ def run(
     Args:
         recipe: what to do.
         stop: requests to end.
-        splits: the images, where they are read already.
+        read: the images, where they are read already.
         comparison: folder of the comparison that this run is an arm of, for its card.
 
     Returns:
         The run folder.
     """
-    this = prepare(recipe, stop, splits=splits)
+    this = prepare(recipe, stop, read=read)
     measure(this, "random", [])
     folders = [phase_proxy(this)]
     measure(this, "proxy_short", folders)
@@ -51,7 +53,7 @@ def run(
     return this.folder
 
 
-def run_arm(recipe: Recipe, stop: StopSignals, arm: str, shared: Path, splits: tuple[Images, Images | None]) -> None:
+def run_arm(recipe: Recipe, stop: StopSignals, arm: str, shared: Path, read: Read) -> None:
     """Do the phases of one arm of a comparison, and measure its last backbone.
 
     Args:
@@ -59,9 +61,9 @@ def run_arm(recipe: Recipe, stop: StopSignals, arm: str, shared: Path, splits: t
         stop: requests to end.
         arm: what the result is called in records.
         shared: where phases lie that arms have in common.
-        splits: the images.
+        read: the images.
     """
-    this = prepare(recipe, stop, arm, shared, splits)
+    this = prepare(recipe, stop, arm, shared, read)
     folders = [phase_proxy(this)]
     for number in range(1, this.recipe.relearn.rounds + 1):
         folders.append(one_round(this, folders[-1], number))
@@ -76,6 +78,8 @@ def one_round(this: Run, source: Path, number: int) -> Path:
 
 
 # What is done once
+
+MAKES = {"proxy": B.FILES, "clusters": ("labels.parquet", "clusters.safetensors"), "relearn": B.FILES}
 
 
 def reads(this: Run, phase: str, **inputs: Path) -> dict[str, Any]:
@@ -95,6 +99,7 @@ def done(this: Run, marker: Path, read: dict[str, Any]) -> bool:
     theirs = not ours and lent is not None and (lent / marker.name).exists()
     this.accelerator.wait_for_everyone()  # every process has looked before the main one writes
     if theirs and this.main:
+        check_written(lent / marker.name)
         marker.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(lent.iterdir(), key=lambda file: file.name == marker.name):
             with whole_file(marker.parent / file.name) as beside:
@@ -102,6 +107,7 @@ def done(this: Run, marker: Path, read: dict[str, Any]) -> bool:
     this.accelerator.wait_for_everyone()
     if ours or theirs:
         refuse_other(marker, read)
+        check_written(marker)
     return ours or theirs
 
 
@@ -120,7 +126,8 @@ def phase(this: Run, marker: Path, read: dict[str, Any]) -> Iterator[dict[str, A
     yield told
     if this.main:
         device = records.device_name(this.accelerator.device.type)
-        write_json(marker, {"read": read, "budget": this.context.budget, "device": device, **told})
+        made = written(marker.parent, [name for name in MAKES[marker.stem] if (marker.parent / name).exists()])
+        write_json(marker, {"read": read, "wrote": made, "budget": this.context.budget, "device": device, **told})
         if lent := lending(this, marker, read):
             with whole_folder(lent) as beside:
                 for file in marker.parent.iterdir():
@@ -153,7 +160,8 @@ def phase_proxy(this: Run) -> Path:
         network = B.create(this.recipe.model, this.recipe.data.size)
         if settings.epochs:
             task = proxies.build(settings, network, this.train)
-            train(task, this.train, this.train.train, settings, key, this.context, sha256_json(read))
+            look = watch(this, settings, task, len(this.train.train))
+            train(task, this.train, this.train.train, settings, key, this.context, sha256_json(read), epoch_end=look)
             network = task.result()
         elif not this.recipe.model.pretrained:
             network = this.untrained()
@@ -209,9 +217,16 @@ def phase_relearn(this: Run, source: Path, number: int) -> Path:
             this.key("relearn", number),
             this.context,
             sha256_json(read),
+            lambda task, count: watch(this, this.recipe.relearn, task, count),
         )
         keep(this, network, folder)
     return folder
+
+
+def watch(this: Run, schedule: Schedule, task: ViewTask, count: int) -> Callable[[int, int], dict[str, float]]:
+    """What looks at a phase's features every few epochs of `count` images."""
+    online = Online(this.recipe.evaluate, schedule, this.train, count, this.recipe.relearn.views, this.context)
+    return lambda step, total: online(task.result(), step)
 
 
 # What was gained
@@ -223,14 +238,22 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     weights = sha256_file(folders[-1] / "model.safetensors") if folders else "untrained"
     made_by = ("evaluate", *(("proxy", "clusters", "relearn") if number else ("proxy",) * len(folders)))
     tests = [this.test.fingerprint if this.test and this.recipe.evaluate.test else None]
-    tests += [classes_fingerprint(split) for split in (this.train, this.test) if split]
+    others = [split for splits in this.transfer.values() for split in splits]
+    tests += [classes_fingerprint(split) for split in (this.train, this.test, *others) if split]
+    tests += [split.fingerprint for split in others if split]
     recipe_sha256 = sha256_json([weights, *tests, *(reads(this, phase) for phase in made_by)])
     known = [r for r in records.read(path) if r["arm"] == arm and r["round"] == number]
-    if known and all(r["recipe_sha256"] == recipe_sha256 for r in known):
+    marker, name = this.folder / "measured.json", f"{arm} {number}"
+    before = read_json(marker) if marker.exists() else {}
+    told = before.get(name, {})
+    if known and told == {"recipe_sha256": recipe_sha256, "records": len(known), "sha256": sha256_json(known)}:
         return
-    this.context.say(f"measuring {arm}" + (f", round {number}" if number else ""))
+    again = " again: its records are not those that were written" if told.get("recipe_sha256") == recipe_sha256 else ""
+    this.context.say(f"measuring {arm}" + (f", round {number}" if number else "") + again)
+    this.accelerator.wait_for_everyone()  # every process has looked before the main one writes
     network = this.on_device(B.load(folders[-1]) if folders else this.untrained())
-    found = evaluate(network, this.recipe.evaluate, this.train, this.test, this.proxy.residue, this.context)
+    over = Over((this.train, this.test), this.proxy.residue, this.recipe.relearn.views, this.transfer)
+    found = evaluate(network, this.recipe.evaluate, over, this.context)
     if this.main:
         markers = [folder / f"{name}.json" for folder in folders for name in READS]
         costs = [read_json(marker)["budget"] for marker in markers if marker.exists()]
@@ -255,10 +278,12 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
         if number:
             found += cluster_records(this, network, folders[-1])
             figures.contact_sheet(folders[-1] / "clusters.png", this.train, folders[-1] / "labels.parquet")
-        train = this.train.fingerprint
-        prints = {"train": train, "val": train, "test": this.test.fingerprint if this.test else ""}
-        rows = [{**shared, **row, "data": f"{source}@{prints[row['split']][:16]}", **cost} for row in found]
-        records.write(path, rows)
+        own = over.data(source, "train")
+        rows = [{**shared, **row, "data": over.data(row.pop("of", source), row["split"]), **cost} for row in found]
+        rows = [row if row["protocol"] != "transfer" else {**row, "trained_on": own} for row in rows]
+        records.write(path, rows, lambda r: r["arm"] == arm and r["round"] == number)
+        told = {"recipe_sha256": recipe_sha256, "records": len(rows), "sha256": sha256_json(rows)}
+        write_json(marker, {**before, name: told})
     this.accelerator.wait_for_everyone()
 
 

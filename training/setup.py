@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from .loop import Context, steps_of
 from .recipe import READS, Data, Recipe, Schedule, phase_fields, to_yaml
 from .task import BackboneTask
 
+Splits = tuple[Images, Images | None]
+Read = tuple[Splits, dict[str, Splits]]  # the images, and other data sets by name
+
 
 @dataclass
 class Run:
@@ -34,6 +38,7 @@ class Run:
         context: processes, log and budget.
         train, test: the splits; test is None without one.
         proxy: class of the proxy task.
+        transfer: other data sets by name, for evaluation.
         lock: held on the main process while the run lasts.
         shared: folder of phases that several runs of a comparison have in common; None for a run by itself.
     """
@@ -45,6 +50,7 @@ class Run:
     train: Images
     test: Images | None
     proxy: type[BackboneTask]
+    transfer: dict[str, Splits]
     lock: IO[str] | None
     shared: Path | None = None
 
@@ -82,7 +88,7 @@ def prepare(
     stop: StopSignals,
     arm: str = "sslpp",
     shared: Path | None = None,
-    splits: tuple[Images, Images | None] | None = None,
+    read: Read | None = None,
 ) -> Run:
     """Start the processes, take the run folder, read the images, and refuse what cannot work.
 
@@ -91,7 +97,7 @@ def prepare(
         stop: requests to end.
         arm: what the result is called in records.
         shared: where phases lie that several runs have in common.
-        splits: the images, where they are read already.
+        read: the images, where they are read already.
 
     Raises:
         Refused: naming the field.
@@ -110,15 +116,15 @@ def prepare(
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     with nothing_left(folder):
         lock = lock_folder(folder) if context.main else None
-        train, test = splits or load_images(recipe, network, context)
+        (train, test), transfer = read or load_images(recipe, network, context)
         refuse(recipe, train, accelerator.num_processes)
         if context.main:
             _remember(recipe, folder, train, test)
-    run = Run(recipe, arm, folder, context, train, test, proxy, lock, shared)
+    run = Run(recipe, arm, folder, context, train, test, proxy, transfer, lock, shared)
     if run.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     accelerator.init_trackers("sslpp", {})
-    if splits is None:
+    if read is None:
         _announce(run, network)
     return run
 
@@ -147,15 +153,41 @@ def run_precision(recipe: Recipe, network: nn.Module) -> str:
     return resolve_precision(asked, B.at_least_a_pixel(network, recipe.data.size))
 
 
-def load_images(recipe: Recipe, network: nn.Module, context: Context) -> tuple[Images, Images | None]:
-    """The training split and the test split, if there is one, as the network is to see them."""
-    if not recipe.model.pretrained:
-        return load_splits(recipe.data, context)
-    splits = load_splits(scaled_for(network, recipe.data), context)
+def load_images(recipe: Recipe, network: nn.Module, context: Context) -> Read:
+    """The training split and the test split, if there is one, and other data sets, as the network is to see them.
+
+    Raises:
+        Refused: another data set has no labels.
+    """
+    data = scaled_for(network, recipe.data) if recipe.model.pretrained else recipe.data
+    train, test = load_splits(data, context)
     source = network.pretrained_cfg
-    own = {"mean": tuple(source["mean"]), "std": tuple(source["std"])}
-    train, test = (dataclasses.replace(split, **own) if split else None for split in splits)
-    return train, test
+    seen = {"mean": tuple(source["mean"]), "std": tuple(source["std"])} if recipe.model.pretrained else {}
+
+    def as_seen(images: Images | None) -> Images | None:
+        return dataclasses.replace(images, **seen) if images else None
+
+    own = as_seen(train), as_seen(test)
+    return own, load_transfer(recipe.evaluate.transfer, data, own[0], context)
+
+
+def load_transfer(paths: list[str], data: Data, like: Images, context: Context) -> dict[str, Splits]:
+    """Other data sets by name, at the size and with the statistics of `like`.
+
+    Raises:
+        Refused: one has no labels.
+    """
+    found: dict[str, Splits] = {}
+    for path in paths:
+        other = Data(path=path, size=data.size, white=data.white, split_seed=data.split_seed, memory_gb=data.memory_gb)
+        name = other.called if other.called not in found else path
+        splits = load_splits(other, context, apart=Path("transfer") / re.sub(r"\W+", "_", path))
+        if any(split is not None and split.labels is None for split in splits):
+            raise Refused(f"evaluate.transfer: {path} has no labels in a split that is to be measured.")
+        seen = {"mean": like.mean, "std": like.std, "size": like.size}
+        train, test = (dataclasses.replace(split, **seen) if split else None for split in splits)
+        found[name] = train, test
+    return found
 
 
 def scaled_for(network: nn.Module, data: Data) -> Data:
@@ -163,12 +195,19 @@ def scaled_for(network: nn.Module, data: Data) -> Data:
     return dataclasses.replace(data, white=data.white or B.white_of(network))
 
 
-def load_splits(data: Data, context: Context, tuning: bool = False) -> tuple[Images, Images | None]:
-    """The training split and the test split, if there is one; the main process decodes before the others read."""
+def load_splits(data: Data, context: Context, tuning: bool = False, apart: Path = Path()) -> Splits:
+    """The training split and the test split, if there is one; the main process decodes before the others read.
+
+    Args:
+        data: where they are.
+        context: the run.
+        tuning: as `images.load_splits` takes it.
+        apart: folder below the run's for pixels that are kept in files.
+    """
     shared = context.accelerator.num_processes > 1
 
-    def load() -> tuple[Images, Images | None]:
-        return images.load_splits(data, context.folder, tuning, in_file=shared)
+    def load() -> Splits:
+        return images.load_splits(data, context.folder / apart, tuning, in_file=shared)
 
     found = load() if context.main else None
     context.accelerator.wait_for_everyone()
@@ -187,9 +226,7 @@ def one_process(command: str, folder: Path, stop: StopSignals) -> Context:
     return Context(accelerator, folder, stop, 1, 1)
 
 
-def load_for(
-    network: nn.Module, data: Data, context: Context, own_crop: bool = False, tuning: bool = False
-) -> tuple[Images, Images | None]:
+def load_for(network: nn.Module, data: Data, context: Context, own_crop: bool = False, tuning: bool = False) -> Splits:
     """The splits at the size and with the statistics that a pretrained network expects, its crop or their own."""
     data = dataclasses.replace(scaled_for(network, data), size=network.pretrained_cfg["input_size"][-1])
     train, test = load_splits(data, context, tuning)
@@ -279,10 +316,21 @@ def check_fits(schedule: Schedule, images: int, processes: int, prefix: str = ""
     steps_of(schedule, images, prefix)
 
 
+def tell(context: Context, train: Images, network: nn.Module) -> None:
+    """Say what each split is for, and warn of weights that never see data."""
+    context.say(report.splits_line(train.account))
+    if dead := B.dead_taps(network, train.size):
+        name, (taps, total) = max(dead.items(), key=lambda item: item[1])
+        context.say(
+            f"warning: at {train.size} px, {len(dead)} convolutions have taps that no data ever meets, such as "
+            f"{taps} of the {total} of {name}; a larger data.size or smaller strides and kernels leave none"
+        )
+
+
 def _announce(run: Run, network: nn.Module) -> None:
-    """One line: what runs where, for about how long, on how much disk."""
+    """A line each: what splits are for, what of the network is useless, what runs where, for how long, on what disk."""
     recipe, processes = run.recipe, run.accelerator.num_processes
-    run.context.say(report.splits_line(run.train.account))
+    tell(run.context, run.train, network)
     schedules = [recipe.proxy, *[recipe.relearn] * recipe.relearn.rounds]
     views = sum(steps_of(s, len(run.train.train), "")[1] * s.batch_size for s in schedules if s.epochs)
     rows = min(s.batch_size // (processes * s.accumulate) for s in schedules if s.epochs) if views else 64

@@ -1,12 +1,15 @@
 """Protocols: how good features are. All are read from a frozen backbone in evaluation mode, in float32.
 
-linear   logistic regression on a stage's features, its C chosen on the held-out part of train.
-knn      weighted nearest neighbours by cosine.
-residue  the linear probe, reading which of the proxy's views an image was given instead of its class.
-rankme   effective rank, without labels.
+linear      logistic regression on a stage's features, its C chosen on the held-out part of train.
+knn         weighted nearest neighbours by cosine.
+lowshot     the linear probe on pooled features of few images of each class.
+transfer    linear and knn on another data set.
+residue     the linear probe, reading which of the proxy's views an image was given instead of its class.
+rankme      effective rank, without labels; label_free, what else needs none.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,69 +19,114 @@ from .. import backbone as B
 from .. import recipe
 from ..images import Images
 from ..loop import Context
-from . import knn, linear, rankme
+from . import knn, label_free, linear, lowshot, rankme
 
 Stage = B.Stage
+Splits = tuple[Images, Images | None]
+UNEQUAL = 1.5  # a class as many times as large as another: balanced accuracy is told beside top-1
 
 
-def evaluate(
-    network: nn.Module,
-    settings: recipe.Evaluate,
-    train: Images,
-    test: Images | None,
-    residue: tuple[Callable[[Tensor], Tensor], ...],
-    context: Context,
-) -> list[dict[str, Any]]:
+@dataclass
+class Over:
+    """What a backbone is measured over.
+
+    Attributes:
+        splits: the training split, which probes are fitted on and whose held-out part chooses their C; and the split
+            that is measured, None without one.
+        residue: the proxy's views, whose number the residue's probe reads; empty for a proxy without.
+        views: strong views, which scores without labels are of.
+        transfer: other data sets by name, their splits as the network is to see them.
+    """
+
+    splits: Splits
+    residue: tuple[Callable[[Tensor], Tensor], ...]
+    views: recipe.Views = field(default_factory=recipe.Views)
+    transfer: dict[str, Splits] = field(default_factory=dict)
+
+    def data(self, name: str, split: str) -> str:
+        """What records call the data that a figure is of, given its name."""
+        train, test = self.transfer.get(name, self.splits)
+        return f"{name}@{(test if split == 'test' else train).fingerprint[:16]}"
+
+
+def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context: Context) -> list[dict[str, Any]]:
     """Measure a backbone.
 
     Args:
         network: a backbone without a head, on the device.
         settings: the recipe's protocols.
-        train: the training split, which probes are fitted on and whose held-out part chooses their C.
-        test: the split that is measured, beside the held-out part; None without one.
-        residue: the proxy's views, whose number the residue's probe reads; empty for a proxy without.
+        over: the images.
         context: the run.
 
     Returns:
-        On the main process, records with stage, protocol, settings, split, metric and value; elsewhere none.
+        On the main process, records with stage, protocol, settings, split, metric and value, and for transfer the name
+        of the data; elsewhere none.
     """
-    stages = B.stage_list(network)
+    stages, device = B.stage_list(network), context.accelerator.device
+    train = over.splits[0]
 
-    def features(images: Images, indices: Tensor, view: Callable | None = None) -> dict[Stage, Tensor]:
-        return B.extract(network, images, indices, context.accelerator, settings.batch_size, stages, view)
+    def features(
+        images: Images, indices: Tensor, view: Callable | None = None, random: Any = None
+    ) -> dict[Stage, Tensor]:
+        return B.extract(network, images, indices, context.accelerator, settings.batch_size, stages, view, random)
 
-    fitted = train.sample(train.train, settings.images)
-    parts = {"train": (train, fitted), "val": (train, train.val)}
-    if test is not None and settings.test:
-        parts["test"] = (test, test.all)
+    parts = parts_of(over.splits, settings)
     found = {name: features(*part) for name, part in parts.items()}
     records = []
     if train.labels is not None:
-        labels = {
-            name: images.labels[indices] for name, (images, indices) in parts.items() if images.labels is not None
-        }
+        labels = labels_of(parts)
         if context.main:
-            records += class_records(found, labels, len(train.label_names), settings, context.accelerator.device)
-    if len(residue) > 1:
+            classes = len(train.label_names)
+            records += class_records(found, labels, classes, settings, device)
+            records += lowshot_records(found, labels, classes, settings, train.split_seed, device)
+    for name, splits in over.transfer.items():
+        other = parts_of(splits, settings)
+        rows = {split: features(*part) for split, part in other.items()}
+        if context.main:
+            classes = len(splits[0].label_names)
+            own = class_records(rows, labels_of(other), classes, settings, device)
+            records += [
+                {**row, "protocol": "transfer", "settings": {"probe": row["protocol"], **row["settings"]}, "of": name}
+                for row in own
+            ]
+    if len(over.residue) > 1:
         share = {
             "train": settings.residue_images,
             "val": settings.residue_images // 2,
             "test": settings.residue_images // 2,
         }
         turned = {
-            name: [features(images, images.sample(indices, share[name]), view) for view in residue]
+            name: [features(images, images.sample(indices, share[name]), view) for view in over.residue]
             for name, (images, indices) in parts.items()
         }
         if context.main:
-            records += residue_records(turned, settings, context.accelerator.device)
+            records += residue_records(turned, settings, device)
+    looked_at = train.sample(train.val, label_free.IMAGES)
+    three = [features(train, looked_at), *(features(train, looked_at, random=(over.views, seed)) for seed in (1, 2))]
     if context.main:
         for name in measured(found):
             for stage, rows in found[name].items():
-                rank = rankme.rankme(rows)
                 size = {"n": len(rows), "dimensions": rows.shape[1]}
-                records.append(_record(stage, "rankme", size, name, "rank", rank))
+                records.append(_record(stage, "rankme", size, name, "rank", rankme.rankme(rows)))
+        for stage in three[0]:
+            for metric, told, value in label_free.scores(*(rows[stage] for rows in three)):
+                records.append(_record(stage, "label_free", told, "val", metric, value))
     context.accelerator.wait_for_everyone()
     return records
+
+
+def parts_of(splits: Splits, settings: recipe.Evaluate) -> dict[str, tuple[Images, Tensor]]:
+    """The images that probes are fitted on, "train", and those that are measured, "val" and "test"."""
+    train, test = splits
+    parts = {"train": (train, train.sample(train.train, settings.images)), "val": (train, train.val)}
+    if test is not None and settings.test:
+        parts["test"] = (test, test.all)
+    return parts
+
+
+def labels_of(parts: dict[str, tuple[Images, Tensor]]) -> dict[str, Tensor]:
+    """The labels of parts that have any."""
+    return {name: images.labels[indices] for name, (images, indices) in parts.items() if images.labels is not None}
 
 
 def measured(parts: dict[str, Any]) -> list[str]:
@@ -97,6 +145,32 @@ def _record(stage: Stage, protocol: str, settings: dict, split: str, metric: str
     }
 
 
+def accuracies(guess: Tensor, truth: Tensor, balanced: bool) -> dict[str, float]:
+    """Share of right answers, "top1"; also "balanced", its mean over classes, if that is asked for."""
+    right, truth = (guess == truth).cpu().double(), truth.cpu()
+    told = {"top1": right.mean().item()}
+    if balanced:
+        counts = torch.bincount(truth)
+        hits = torch.bincount(truth, weights=right, minlength=len(counts))
+        told["balanced"] = (hits[counts > 0] / counts[counts > 0]).mean().item()
+    return told
+
+
+def unequal(labels: Tensor) -> bool:
+    """Whether one class has much more training images than another, so that top-1 alone would mislead."""
+    counts = torch.bincount(labels.cpu())
+    return bool(counts.max() > UNEQUAL * counts[counts > 0].min())
+
+
+def known_rows(
+    found: dict[str, dict[Stage, Tensor]], labels: dict[str, Tensor], stage: Stage, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    """A stage's features and labels of the images that have one, by part; None if a part has none."""
+    rows = {name: found[name][stage][labels[name] >= 0].to(device) for name in labels}
+    known = {name: labels[name][labels[name] >= 0].to(device) for name in labels}
+    return None if any(len(part) == 0 for part in known.values()) else (rows, known)
+
+
 def class_records(
     found: dict[str, dict[Stage, Tensor]],
     labels: dict[str, Tensor],
@@ -107,20 +181,46 @@ def class_records(
     """Linear and nearest-neighbour accuracy of every stage; images without a label do not count."""
     records = []
     for stage in found["train"]:
-        rows = {name: found[name][stage][labels[name] >= 0].to(device) for name in labels}
-        known = {name: labels[name][labels[name] >= 0].to(device) for name in labels}
-        if any(len(part) == 0 for part in known.values()):
+        told = known_rows(found, labels, stage, device)
+        if told is None:
             continue
+        rows, known = told
         probe, c = linear.fit_best(rows["train"], known["train"], rows["val"], known["val"], classes, settings.linear_c)
+        balanced = unequal(known["train"])
         k = sorted({min(k, len(rows["train"])) for k in settings.knn_k})
         for name in measured(labels):
             fit = {"C": c, "n": len(rows["train"])}
-            records.append(_record(stage, "linear", fit, name, "top1", probe.top1(rows[name], known[name])))
+            for metric, value in accuracies(probe(rows[name]).argmax(1), known[name], balanced).items():
+                records.append(_record(stage, "linear", fit, name, metric, value))
             predicted = knn.classify(rows["train"], known["train"], rows[name], classes, k, settings.knn_temperature)
             for neighbours, guess in predicted.items():
                 vote = {"k": neighbours, "temperature": settings.knn_temperature, "n": len(rows["train"])}
-                top1 = (guess == known[name]).cpu().double().mean().item()
-                records.append(_record(stage, "knn", vote, name, "top1", top1))
+                for metric, value in accuracies(guess, known[name], balanced).items():
+                    records.append(_record(stage, "knn", vote, name, metric, value))
+    return records
+
+
+def lowshot_records(
+    found: dict[str, dict[Stage, Tensor]],
+    labels: dict[str, Tensor],
+    classes: int,
+    settings: recipe.Evaluate,
+    seed: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Mean and standard deviation over draws of the probe on few images of each class, of the pooled features."""
+    told = known_rows(found, labels, "pooled", device)
+    records = []
+    for shots in settings.shots if told else ():
+        rows, known = told
+        guesses, c = lowshot.lowshot(rows, known, classes, shots, settings.linear_c, seed)
+        for name, draws in guesses.items():
+            each = [accuracies(guess, known[name], unequal(known["train"])) for guess in draws]
+            for metric in each[0]:
+                values = torch.tensor([one[metric] for one in each], dtype=torch.float64)
+                fit = {"shots": shots, "draws": len(draws), "C": c}
+                record = _record("pooled", "lowshot", fit, name, metric, values.mean().item())
+                records.append({**record, "deviation": values.std().item()})
     return records
 
 

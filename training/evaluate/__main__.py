@@ -9,8 +9,8 @@ from .. import backbone as B
 from .. import launch, proxies, recipe, records, report
 from ..command import Parser, as_timm_names, guarded, model_parser, short_name
 from ..files import Refused
-from ..setup import load_for, one_process
-from . import evaluate
+from ..setup import load_for, load_transfer, one_process
+from . import Over, evaluate
 
 
 def command() -> Parser:
@@ -19,7 +19,7 @@ def command() -> Parser:
     parser.add_argument("--residue", help="Also measure how well this proxy task's views are told apart.")
     parser.add_argument("--out", help="File of records to add the figures to.")
     parser.add_class_arguments(recipe.Data, "data", skip={"size"})  # the model says the size
-    parser.add_class_arguments(recipe.Evaluate, "evaluate")
+    parser.add_class_arguments(recipe.Evaluate, "evaluate", skip={"every"})
     return parser
 
 
@@ -36,15 +36,16 @@ def main(arguments: Sequence[str]) -> None:
         context.say(report.splits_line(train.account))
         if train.labels is None and not views:
             raise Refused("data.label_column: there are no labels to measure features by; --residue needs none.")
-        found = evaluate(network.to(context.accelerator.device), made.evaluate, train, test, views, context)
+        transfer = load_transfer(made.evaluate.transfer, made.data, train, context)
+        over = Over((train, test), views, transfer=transfer)
+        found = evaluate(network.to(context.accelerator.device), made.evaluate, over, context)
         weights = B.fingerprint(network.state_dict())
         shared = {"arm": short_name(given.model), "model": given.model, "phase": "evaluate", "round": 0, "seed": None}
-        prints = {"val": train.fingerprint, "test": test.fingerprint if test else ""}
         rows = [
             {
                 **shared,
                 **row,
-                "data": f"{made.data.called}@{prints[row['split']][:16]}",
+                "data": over.data(row.pop("of", made.data.called), row["split"]),
                 "weights_sha256": weights,
                 "device": records.device_name(context.accelerator.device.type),
                 "precision": "fp32",
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str]) -> None:
         ]
         if given.out:
             records.write(Path(given.out), rows)
-        tables = [report.as_text(lines) for _, lines in report.tables(rows, [shared["arm"]])]
-        context.say("\n\n".join(tables))
+        tables = [lines for _, lines in report.tables(rows, [shared["arm"]], report.EVERY)]
+        context.say("\n\n".join(map(report.as_text, tables + report.pooled_tables(rows, [shared["arm"]]))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import Failed
+from ..files import Diverged
 
 
 @dataclass
@@ -41,11 +41,11 @@ def fit(features: Tensor, labels: Tensor, classes: int, c: float, start: Probe |
         start: a probe of other regularisation to start from.
 
     Raises:
-        Failed: a feature is not finite.
+        Diverged: a feature is not finite.
     """
     peak = features.abs().max().clamp(min=1e-12)
     if not peak.isfinite():
-        raise Failed("features are not finite, so that no probe can be fitted; the training before them diverged.")
+        raise Diverged("features are not finite, so that no probe can be fitted; the training before them diverged.")
     mean, scale = (peak * x for x in ((features / peak).mean(0), (features / peak).std(0, unbiased=False)))
     scale = torch.where(scale > 1e-6 * scale.max().clamp(min=1e-12), scale, 1.0)
     rows = (features - mean) / scale
