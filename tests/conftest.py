@@ -105,6 +105,7 @@ TINY_RUN = [
     "--relearn.settle", "0.5",
     "--evaluate.linear_c", "[0.1]",
     "--evaluate.knn_k", "[3]",
+    "--evaluate.shots", "[2]",
     "--log.every", "1",
 ]  # fmt: skip
 

@@ -38,15 +38,17 @@ def test_a_folder_of_images_becomes_a_run_folder(finished):
     } <= names  # fmt: skip
     assert not [name for name in names if ".tmp" in name or ".old" in name]
     assert len(list((folder / "checkpoints").iterdir())) == 2
-    first, second = done.stdout.splitlines()[:2]
+    first, second, third = done.stdout.splitlines()[:3]
     assert first == "train: training (48 read); test: test (16 read)"
-    assert re.search(r"fp32; processes 1; threads \d+; batch 8; images 38 \(\+ 10 held out\), .* MB in", second)
+    assert re.search(r"^warning: at 16 px, 3 convolutions have taps that no data ever meets, such as 8 of the 9 of", second)
+    assert re.search(r"fp32; processes 1; threads \d+; batch 8; images 38 \(\+ 10 held out\), .* MB in", third)
 
 
 def test_the_report_shows_every_arm_and_the_lines_of_python_work(finished, tmp_path):
     folder, done = finished
     for arm in ("random", "proxy_short", "sslpp"):
-        assert len(re.findall(rf"^{arm} +\d", done.stdout, re.M)) == 4  # linear, knn, residue, rankme
+        # linear, knn, residue, rankme, few images, without labels
+        assert len(re.findall(rf"^{arm} +\d", done.stdout, re.M)) == 6
     text = (folder / "report.md").read_text()
     assert "sslpp over the proxy's backbone" in text
     code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
@@ -61,7 +63,8 @@ def test_records_have_all_their_fields(finished):
         "arm", "model", "recipe_sha256", "seed", "phase", "round", "stage", "protocol", "settings", "data", "split",
         "metric", "value", "images_seen", "flops", "seconds", "device", "precision", "weights_sha256", "versions",
     }  # fmt: skip
-    assert all(set(record) == wanted for record in found)
+    assert all(set(record) - {"deviation"} == wanted for record in found)
+    assert all(("deviation" in record) == (record["protocol"] == "lowshot") for record in found)
     assert {(r["arm"], r["round"]) for r in found} == {("random", 0), ("proxy_short", 0), ("sslpp", 1)}
     last = next(r for r in found if r["arm"] == "sslpp")
     assert last["weights_sha256"] == sha256_file(folder / "round_1" / "model.safetensors")
@@ -377,13 +380,14 @@ def test_evaluate_finds_the_figures_of_the_run_again(finished, picture_folder, t
     folder, _ = finished
     out = tmp_path / "records.jsonl"
     options = ["--data.path", picture_folder, "--data.val_fraction", "0.2", "--residue", "rotation", "--out", out]
-    options += ["--evaluate.linear_c", "[0.1]", "--evaluate.knn_k", "[3]"]
+    options += ["--evaluate.linear_c", "[0.1]", "--evaluate.knn_k", "[3]", "--evaluate.shots", "[2]"]
     done = call(evaluate.main, folder / "hub", *options)
     assert done.returncode == 0, done.stderr
     own = [r for r in records.read(folder / "records.jsonl") if r["arm"] == "sslpp" and r["protocol"] != "clusters"]
-    found = {(r["stage"], r["protocol"], r["split"]): r["value"] for r in records.read(out)}
-    assert found == {(r["stage"], r["protocol"], r["split"]): pytest.approx(r["value"], abs=1e-4) for r in own}
-    assert done.stdout.count("hub") == 4
+    found = {(r["stage"], r["protocol"], r["split"], r["metric"]): r["value"] for r in records.read(out)}
+    key = ("stage", "protocol", "split", "metric")
+    assert found == {tuple(r[name] for name in key): pytest.approx(r["value"], abs=1e-4) for r in own}
+    assert done.stdout.count("hub") == 6
     refused = call(evaluate.main, folder / "hub", *options, "--residue", "none")
     assert (refused.returncode, "there is no task 'none'" in refused.stderr) == (2, True)
 

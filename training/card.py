@@ -11,6 +11,7 @@ from . import contrast, report
 from .command import short_name
 from .recipe import Recipe, to_yaml
 
+INDEXED = (*report.TITLES, "clusters")  # protocols whose records the model-index has
 REPOSITORY = "ORG/NAME"  # stands in the card for the repository, which push fills in
 TAGS = ["timm", "transformers", "image-feature-extraction", "self-supervised-learning", "sslpp"]
 
@@ -59,7 +60,7 @@ def portable(recipe: Recipe) -> str:
 
 
 def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
-    """YAML of the card's head, every record of the model in its model-index."""
+    """YAML of the card's head, the model's records by stage and of its clusters in its model-index."""
     return str(
         ModelCardData(
             model_name=name,
@@ -68,7 +69,7 @@ def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
             datasets=[recipe.card.dataset] if recipe.card.dataset else None,
             pipeline_tag="image-feature-extraction",
             tags=TAGS,
-            eval_results=[result(record, recipe.card.dataset) for record in records] or None,
+            eval_results=[result(r, recipe.card.dataset) for r in records if r["protocol"] in INDEXED] or None,
         )
     )
 
