@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from training import arms as A
-from training import recipe
+from training import command
 from training.loop import steps_of
 from training.proxies.rotation import Rotation
 
@@ -17,7 +17,7 @@ def method(**changes):
     arguments += ["--proxy.batch_size", "64", "--relearn.batch_size", "48", "--relearn.ema", "0.99"]
     for name, value in changes.items():
         arguments += [f"--{name.replace('__', '.')}", str(value)]
-    return recipe.parse(arguments)
+    return command.parse(arguments)
 
 
 def seen(made):

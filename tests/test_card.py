@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.conftest import TINY_RUN, call
-from training import card, recipe, records, report
+from training import card, command, records, report
 from training.__main__ import main
 
 SECTIONS = ("Use it", "What was measured", "Limits", "Recipe", "Citation")
@@ -60,8 +60,8 @@ def test_its_recipe_is_the_one_that_ran_without_the_places_of_this_machine(hub, 
     assert str(finished[0]) not in text
     (tmp_path / "again.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     here = ["--data.path", str(picture_folder), "--run", str(finished[0])]
-    again = recipe.parse(["--config", str(tmp_path / "again.yaml"), *here])
-    assert again == recipe.parse(["--config", str(finished[0] / "recipe.yaml")])
+    again = command.parse(["--config", str(tmp_path / "again.yaml"), *here])
+    assert again == command.parse(["--config", str(finished[0] / "recipe.yaml")])
 
 
 def test_licence_data_set_and_words_come_from_the_recipe(picture_folder, tmp_path):
@@ -91,12 +91,12 @@ def test_a_data_sets_name_may_hold_the_sign_before_its_fingerprint():
 
 def test_it_says_what_the_model_started_from():
     base = ["--data.path", "/home/me/photos", "--run", "x"]
-    made = recipe.parse([*base, "--model.name", "local-dir:/home/me/runs/a/hub"])
+    made = command.parse([*base, "--model.name", "local-dir:/home/me/runs/a/hub"])
     own = card.what(made, [], "sslpp")
     assert "/home/me" not in own + card.portable(made)
     assert "name: local-dir:FOLDER" in card.portable(made)
     assert "from random weights, by rotation prediction, without labels, then from clusters" in own
-    lent = card.what(recipe.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
+    lent = card.what(command.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
     assert "from the weights of resnet50, whatever these were trained on, then from clusters" in lent
 
 

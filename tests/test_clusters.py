@@ -14,7 +14,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from tests.conftest import make_images
 from training import backbone as B
 from training import clusters as C
-from training import recipe
+from training import command, operations
 from training.files import Refused
 from training.launch import Key
 from training.pixels import Pixels
@@ -97,7 +97,7 @@ def test_averaged_features_do_not_know_the_rotation(tiny, context):
     ],
 )
 def test_what_a_round_averages_over(changes, expected):
-    made = recipe.parse(["--data.path", "digits", *changes])
+    made = command.parse(["--data.path", "digits", *changes])
     assert [C.averaging(made, number) for number in (1, 2, 3)] == expected
     kinds = {kind: C.views_of(kind, Rotation.nuisance) for kind in expected}
     assert all(len(views) == {"nuisance": 8, "familiar": 6, "none": 1}[kind] for kind, views in kinds.items())
@@ -138,7 +138,7 @@ def test_a_clustering_assigns_the_same_labels_again(tiny, context, tmp_path):
 def test_budget_counts_a_third_of_each_forward_pass(tiny, context, tmp_path):
     make(tiny, context, tmp_path / "a")
     assert context.budget["images"] == pytest.approx(len(tiny) * 8 / 3)
-    assert context.budget["flops"] > len(tiny) * 8 * B.forward_flops(network(), 16)
+    assert context.budget["flops"] > len(tiny) * 8 * operations.forward_flops(network(), 16)
     context.budget = {"images": 0.0, "flops": 0.0, "seconds": 0.0}
     make(tiny, context, tmp_path / "b", views=Rotation.nuisance[:1])
     assert context.budget["images"] == pytest.approx(len(tiny) / 3)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, TINY_RUN, call
 from training import arms as A
-from training import compare, contrast, recipe, records
+from training import command, compare, contrast, records
 from training.files import Diverged, read_json
 from training.proxies.rotation import Rotation
 
@@ -178,7 +178,7 @@ def test_a_rate_that_diverges_loses_and_stops_nothing(monkeypatch):
 
 
 def test_another_task_may_have_the_whole_budget():
-    made = recipe.parse(["--data.path", "digits", "--proxy.epochs", "5", "--relearn.epochs", "5"])
+    made = command.parse(["--data.path", "digits", "--proxy.epochs", "5", "--relearn.epochs", "5"])
     counts = A.Counts(1000, 1100, Rotation.nuisance, other="another")
     built = A.build("other_proxy", made, counts, lr=4.0)
     assert (built.proxy.name, built.relearn.rounds, built.proxy.lr) == ("another", 0, 4 * made.proxy.lr)

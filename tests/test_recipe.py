@@ -5,19 +5,19 @@ import re
 
 import pytest
 
-from training import recipe
+from training import command, recipe
 from training.files import Refused
 
 
 def parse(*arguments):
-    return recipe.parse(["--data.path", "digits", *arguments])
+    return command.parse(["--data.path", "digits", *arguments])
 
 
 def test_a_recipe_reads_back_as_it_was_written(tmp_path):
     made = parse("--proxy.epochs", "2.5", "--model.args.output_stride", "8", "--clusters.k", "[7,9]", "--seed", "3")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(made))
-    assert recipe.parse(["--config", str(path)]) == made
+    assert command.parse(["--config", str(path)]) == made
     assert made.model.args == {"output_stride": 8}
     assert made.clusters.k == [7, 9]
 
@@ -26,7 +26,7 @@ def test_the_command_line_overrides_the_file(tmp_path):
     path = tmp_path / "mine" / "recipe.yaml"
     path.parent.mkdir()
     path.write_text("proxy: {epochs: 5, lr: 0.2}\ndata: {path: digits}\n")
-    made = recipe.parse(["--config", str(path), "--proxy.epochs", "7"])
+    made = command.parse(["--config", str(path), "--proxy.epochs", "7"])
     assert (made.proxy.epochs, made.proxy.lr, made.run) == (7, 0.2, "runs/mine")
 
 
@@ -73,16 +73,16 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("proxy: {epocs: 5}\n")
     with pytest.raises(Refused, match="epocs"):
-        recipe.parse(["--config", str(path), "--data.path", "digits"])
+        command.parse(["--config", str(path), "--data.path", "digits"])
 
 
 def test_data_must_be_named():
     with pytest.raises(Refused, match=r"data\.path is missing"):
-        recipe.parse([])
+        command.parse([])
 
 
 def test_every_field_is_explained():
-    text = recipe.parser().format_help()
+    text = command.parser().format_help()
 
     def fields(kind, name):
         for field in dataclasses.fields(kind):

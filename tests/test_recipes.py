@@ -7,7 +7,7 @@ import timm
 
 from tests.conftest import ROOT, call
 from training import backbone as B
-from training import recipe
+from training import command, operations
 from training.__main__ import main
 from training.files import read_lines
 
@@ -21,7 +21,7 @@ def test_it_resolves_and_opens_with_paper_command_cost_and_result(folder):
     head = "".join(line for line in text.splitlines(True) if line.startswith("#"))
     for word in ("Chen et al.", "Command:", "Cost:", "Result:"):
         assert word in head
-    made = recipe.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "digits"])
+    made = command.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "digits"])
     assert made.card.about == (folder / "README.md").read_text().strip()
     measured = (folder / "records.jsonl").exists()
     assert measured != ("not yet run" in head)
@@ -33,15 +33,15 @@ DEAD = ("sslpp_resnet18_s32", "sslpp_convnext_atto_s32")
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_every_weight_of_its_network_sees_data(folder):
-    made = recipe.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "digits"])
+    made = command.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "digits"])
     network = B.create(made.model, made.data.size, pretrained=False)
-    assert bool(B.dead_taps(network, made.data.size)) == folder.name.startswith(DEAD)
+    assert bool(operations.dead_taps(network, made.data.size)) == folder.name.startswith(DEAD)
 
 
 @pytest.mark.parametrize("name", timm.list_models("sslpp_*"))
 def test_every_weight_of_an_entrypoint_sees_data(name):
     network = timm.create_model(name)
-    assert bool(B.dead_taps(network, network.pretrained_cfg["input_size"][-1])) == (name in DEAD)
+    assert bool(operations.dead_taps(network, network.pretrained_cfg["input_size"][-1])) == (name in DEAD)
 
 
 @pytest.mark.parametrize("name", FOR_A_GPU)

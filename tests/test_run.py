@@ -14,7 +14,7 @@ import timm
 import torch
 
 from tests.conftest import ROOT, TINY_RUN, call, write_png
-from training import embed, recipe, records
+from training import command, embed, recipe, records
 from training import run as R
 from training.__main__ import main
 from training.evaluate import __main__ as evaluate
@@ -40,7 +40,9 @@ def test_a_folder_of_images_becomes_a_run_folder(finished):
     assert len(list((folder / "checkpoints").iterdir())) == 2
     first, second, third = done.stdout.splitlines()[:3]
     assert first == "train: training (48 read); test: test (16 read)"
-    assert re.search(r"^warning: at 16 px, 3 convolutions have taps that no data ever meets, such as 8 of the 9 of", second)
+    assert re.search(
+        r"^warning: at 16 px, 3 convolutions have taps that no data ever meets, such as 8 of the 9 of", second
+    )
     assert re.search(r"fp32; processes 1; threads \d+; batch 8; images 38 \(\+ 10 held out\), .* MB in", third)
 
 
@@ -343,15 +345,15 @@ def test_proxy_weights_may_come_from_a_folder_and_phase_1_may_be_left_out(finish
 
 
 def test_a_field_that_no_phase_reads_never_redoes_one():
-    one = recipe.parse(["--data.path", "digits"])
-    other = recipe.parse(["--data.path", "digits", "--log.every", "3", "--clusters.k", "[4]", "--relearn.rounds", "3"])
+    one = command.parse(["--data.path", "digits"])
+    other = command.parse(["--data.path", "digits", "--log.every", "3", "--clusters.k", "[4]", "--relearn.rounds", "3"])
     assert recipe.phase_fields(one, "proxy") == recipe.phase_fields(other, "proxy")
     assert recipe.phase_fields(one, "relearn") == recipe.phase_fields(other, "relearn")
     assert recipe.phase_fields(one, "clusters") != recipe.phase_fields(other, "clusters")
 
 
 def test_the_quickstart_recipe_is_sound():
-    made = recipe.parse(["--config", str(ROOT / "hub_configs" / "quickstart" / "recipe.yaml")])
+    made = command.parse(["--config", str(ROOT / "hub_configs" / "quickstart" / "recipe.yaml")])
     assert made.run == "runs/quickstart"
 
 

@@ -16,8 +16,8 @@ def main(arguments: Sequence[str]) -> None:
         arms = ["random", "proxy", "scratch", "finetune_all", "sslpp"]
         compare.main(["--config", str(QUICKSTART)], arms=arms, seeds=[3, 4, 5], grid=[1.0])
         return
+    from .command import parse
     from .launch import StopSignals
-    from .recipe import parse
     from .run import run
 
     with StopSignals() as stop:

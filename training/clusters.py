@@ -24,6 +24,7 @@ from .images import Images
 from .kmeans import assign, kmeans
 from .launch import Key
 from .loop import Context
+from .operations import forward_flops
 from .views import FAMILIAR, View
 
 METRICS = ("agreement_of_seeds", "agreement_of_views", "nmi", "purity", "inertia")  # of a clustering, as records tell
@@ -128,7 +129,7 @@ def cluster(
     """
     accelerator, usable = context.accelerator, images.all
     stage = B.resolve_stage(network, settings.stage, "clusters.stage")
-    flops = B.forward_flops(network, images.size)
+    flops = forward_flops(network, images.size)
     mean, first, last = averaged(network, images, stage, views, context, batch_size)
     # A forward pass counts a third of a training step's view (a backward pass costs about two forward ones).
     context.spend(len(usable) * len(views) / 3, len(usable) * len(views) * flops, 0.0)

@@ -19,10 +19,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from . import arms as A
 from . import backbone as B
 from . import contrast, launch, proxies, records, setup
-from .command import Parser, guarded
+from .command import Parser, from_values, guarded, parser
 from .files import Diverged, Refused, lock_folder, nothing_left, whole_folder, write_text
 from .loop import Context
-from .recipe import Recipe, from_values, parser, to_yaml
+from .recipe import Recipe, to_yaml
 from .run import run, run_arm
 
 GRID_SEED = 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import backbone as B
 from . import clusters, images, launch, proxies, recipe, sources
-from .command import Parser, as_timm_names, guarded, model_parser
+from .command import Parser, as_timm_names, check_data, guarded, model_parser
 from .files import Refused, check_written, read_json, sha256_file, whole_file
 from .images import Images
 from .loop import Context
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command()
     given = parser.read(arguments)
     data: recipe.Data = parser.instantiate(given).data
-    recipe.check_data(data)
+    check_data(data)
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
         context = one_process("embed", Path(scratch), stop)
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import backbone as B
 from . import launch, records, report
-from .command import Parser, as_timm_names, guarded, model_parser, short_name
+from .command import Parser, as_timm_names, check_data, check_schedule, guarded, model_parser, named_folder, short_name
 from .files import (
     Refused,
     check_written,
@@ -37,7 +37,7 @@ from .files import (
 from .images import Images, write_bad
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
-from .recipe import BelowOne, Data, Model, Running, Schedule, Views, check_data, check_schedule, flatten, named_folder
+from .recipe import BelowOne, Data, Model, Running, Schedule, Views, flatten
 from .setup import check_fits, check_split, load_for, refuse_other
 from .task import Batch, ViewTask, accuracy
 

@@ -28,6 +28,7 @@ from .checkpoints import Checkpoints
 from .files import Diverged, Refused, read_lines, write_lines
 from .images import Images
 from .launch import Interrupted, Key, StopSignals, seed_all
+from .operations import counting_flops
 from .recipe import Schedule
 from .task import Batch, Task
 from .views import Draws
@@ -144,7 +145,7 @@ def draw_batch(
 def count_flops(task: Task, batch: Batch) -> float:
     """Floating-point operations of an image's training step, forward and backward, counted on a copy of the task."""
     copied = copy.deepcopy(task)
-    with B.counting_flops() as counter:
+    with counting_flops() as counter:
         copied(batch)["loss"].backward()
     return counter.get_total_flops() / len(batch.indices)
 

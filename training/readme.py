@@ -12,8 +12,8 @@ import timm
 
 import sslpp_models  # noqa: F401  registers the backbones
 
-from . import card, contrast, figures, recipe, records, report
-from .command import short_name
+from . import card, contrast, figures, records, report
+from .command import parse, short_name
 from .files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def fill(text: str, configs: Path) -> str:
 
 def shipped_card(folder: Path) -> str:
     """The card of a backbone that the package ships, from its recipe folder; push fills the repository in."""
-    made = recipe.parse(["--config", str(folder / "recipe.yaml"), "--data.path", "DATA"])
+    made = parse(["--config", str(folder / "recipe.yaml"), "--data.path", "DATA"])
     own, compared = (records.read(at / "records.jsonl") for at in (folder, folder.with_name(f"{folder.name}_20k")))
     return card.page(folder, folder.name, own, compared, made, "sslpp")
 

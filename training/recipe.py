@@ -1,12 +1,11 @@
 """Recipes: what a run does, as nested dataclasses, read from YAML and the command line by jsonargparse.
 
-The defaults are for photographs at 224 px. Limits stand in the types where a type can hold them, in `check` where two
-fields meet; what needs the images or the network is checked in `setup.py`, still before anything is trained.
+The defaults are for photographs at 224 px. Limits stand in the types where a type can hold them, in `command.check`
+where two fields meet; what needs the images or the network is checked in `setup.py`, still before anything is trained.
 """
 
 import dataclasses
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +21,6 @@ from jsonargparse.typing import (
     PositiveInt,
     restricted_number_type,
 )
-
-from .command import Parser
-from .files import Refused
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -329,107 +325,6 @@ def phase_fields(recipe: Recipe, phase: str) -> dict[str, Any]:
         return name not in IGNORED and any(name == part or name.startswith(f"{part}.") for part in READS[phase])
 
     return {name: value for name, value in flatten(recipe).items() if read(name)}
-
-
-ABOUT = "A recipe in, a run folder out. Without any argument: the quickstart, on digits. Started again, it goes on."
-
-
-def parser(prog: str = "python -m training", description: str = ABOUT, skip: Collection[str] = ()) -> Parser:
-    """The command line of what takes a recipe: ``--config FILE`` and an option for each field that is not skipped."""
-    usage = "%(prog)s [--config RECIPE] [--FIELD VALUE ...]"
-    result = Parser(prog=prog, description=description, usage=usage, allow_abbrev=False)
-    result.add_argument("--config", action="config", help="Recipe, a YAML file; later options override it.")
-    result.add_class_arguments(Recipe, as_group=False, skip=set(skip))
-    return result
-
-
-def parse(arguments: Sequence[str]) -> Recipe:
-    """Command line to a checked recipe.
-
-    Raises:
-        Refused: a field is unknown, of the wrong type, or impossible.
-    """
-    command = parser()
-    return from_values(command.read(arguments), command)
-
-
-def from_values(values: Any, command: Parser) -> Recipe:
-    """What a parser returned, as a checked recipe whose `run` is set."""
-    configs = [Path(str(path)) for path in values.pop("config", None) or []]
-    made = command.instantiate(values)
-    recipe = Recipe(**{f.name: made[f.name] for f in dataclasses.fields(Recipe) if f.name in made})
-    recipe.run = str(run_folder(recipe, configs[-1] if configs else None))
-    words = configs[-1].with_name("README.md") if configs else None
-    if recipe.card.about is None and words and configs[-1].stem == "recipe" and words.exists():
-        recipe.card.about = words.read_text(encoding="utf-8").strip()
-    check(recipe)
-    return recipe
-
-
-def run_folder(recipe: Recipe, config: Path | None = None) -> Path:
-    """``--run`` if given, else the recipe's name under runs/."""
-    if recipe.run:
-        return named_folder(recipe.run)
-    if config is not None:
-        return named_folder(config.resolve().parent.name if config.stem == "recipe" else config.stem)
-    name = f"{recipe.model.name}.{recipe.proxy.name}_{Path(recipe.data.called).stem}"
-    return named_folder(re.sub(r"[^\w.-]+", "_", name))
-
-
-def named_folder(run: str) -> Path:
-    """The folder that ``--run`` names: a path, or a name under runs/."""
-    return Path(run) if "/" in run else Path("runs") / run
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse what two fields, or a field's limits beyond its type, make impossible.
-
-    Raises:
-        Refused: naming the field.
-    """
-    check_data(recipe.data)
-    for phase in ("proxy", "relearn"):
-        check_schedule(getattr(recipe, phase), f"{phase}.")
-    if recipe.relearn.epochs == 0:
-        raise Refused("relearn.epochs: 0 leaves nothing to relearn; give at least a part of an epoch.")
-    if not recipe.clusters.k:
-        raise Refused("clusters.k: the list is empty; give at least one number of clusters.")
-    if len(set(recipe.clusters.k)) < len(recipe.clusters.k):
-        raise Refused(f"clusters.k: {recipe.clusters.k} names a number of clusters twice.")
-    if not recipe.evaluate.linear_c or not recipe.evaluate.knn_k:
-        raise Refused("evaluate.linear_c and evaluate.knn_k need at least one value each.")
-
-
-def check_data(data: Data) -> None:
-    """Refuse data that nobody named.
-
-    Raises:
-        Refused: naming the field.
-    """
-    if not data.path:
-        raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
-
-
-def check_schedule(schedule: Schedule, prefix: str = "") -> None:
-    """Refuse impossible views and micro-batches of a schedule whose fields are named with `prefix`.
-
-    Raises:
-        Refused: naming the field.
-    """
-    views = schedule.views
-    for name in ("crop_scale", "crop_ratio", "blur_sigma"):
-        low, high = getattr(views, name)
-        if low > high:
-            raise Refused(f"{prefix}views.{name}: the lower limit {low} is above the upper limit {high}.")
-    if views.crop_scale[1] > 1:
-        raise Refused(f"{prefix}views.crop_scale: {views.crop_scale[1]} is a crop larger than the image, 1.")
-    if views.hue > 0.5:
-        raise Refused(f"{prefix}views.hue: {views.hue} is more than half the colour circle; at most 0.5.")
-    if schedule.batch_size % schedule.accumulate:
-        raise Refused(
-            f"{prefix}accumulate: {schedule.accumulate} micro-batches do not divide {prefix}batch_size "
-            f"{schedule.batch_size}."
-        )
 
 
 def to_yaml(recipe: Recipe) -> str:

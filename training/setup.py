@@ -20,6 +20,7 @@ from .folders import escape
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
+from .operations import dead_taps
 from .recipe import READS, Data, Recipe, Schedule, phase_fields, to_yaml
 from .task import BackboneTask
 
@@ -319,7 +320,7 @@ def check_fits(schedule: Schedule, images: int, processes: int, prefix: str = ""
 def tell(context: Context, train: Images, network: nn.Module) -> None:
     """Say what each split is for, and warn of weights that never see data."""
     context.say(report.splits_line(train.account))
-    if dead := B.dead_taps(network, train.size):
+    if dead := dead_taps(network, train.size):
         name, (taps, total) = max(dead.items(), key=lambda item: item[1])
         context.say(
             f"warning: at {train.size} px, {len(dead)} convolutions have taps that no data ever meets, such as "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import backbone as B
 from .. import launch, proxies, recipe, records, report
-from ..command import Parser, as_timm_names, guarded, model_parser, short_name
+from ..command import Parser, as_timm_names, check_data, guarded, model_parser, short_name
 from ..files import Refused
 from ..setup import load_for, load_transfer, one_process
 from . import Over, evaluate
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command()
     given = parser.read(arguments)
     made = parser.instantiate(given)
-    recipe.check_data(made.data)
+    check_data(made.data)
     views = proxies.find(recipe.Proxy(name=given.residue)).residue if given.residue else ()
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
         context = one_process("evaluate", Path(scratch), stop)
