@@ -7,9 +7,8 @@ import pytest
 from training import arms as A
 from training import command
 from training.loop import steps_of
-from training.proxies.rotation import Rotation
 
-COUNTS = A.Counts(training=1000, usable=1100, nuisance=Rotation.nuisance)
+COUNTS = A.Counts(training=1000, usable=1100, seen=lambda proxy: 1.0, other="rotation")
 
 
 def method(**changes):

@@ -27,7 +27,10 @@ def network(size=16):
     return B.create(Model("test_resnet"), size).eval()
 
 
-def make(images, context, folder, views=Rotation.nuisance, **settings):
+NUISANCE = Rotation.nuisance(None)
+
+
+def make(images, context, folder, views=NUISANCE, **settings):
     folder.mkdir(exist_ok=True)
     chosen = Clusters(**{"k": [3, 5], "whiten": 6, **settings})
     return C.cluster(network(images.size), images, chosen, views, Key(0, "clusters", 1), context, 16, folder)
@@ -64,7 +67,7 @@ def test_without_whitening_only_the_length_changes():
 
 def test_features_are_averaged_over_the_nuisance_views(tiny, context):
     net = network()
-    mean, first, last = C.averaged(net, tiny, 2, Rotation.nuisance, context, 16)
+    mean, first, last = C.averaged(net, tiny, 2, NUISANCE, context, 16)
     batch = B.plain_batch(tiny, tiny.all, torch.device("cpu"))
     with torch.no_grad():
         each = []
@@ -80,8 +83,8 @@ def test_features_are_averaged_over_the_nuisance_views(tiny, context):
 def test_averaged_features_do_not_know_the_rotation(tiny, context):
     turned = make_images()
     turned.pixels = Pixels.of(torch.rot90(turned.pixels.stacked, 1, (2, 3)))
-    one = C.averaged(network(), tiny, 2, Rotation.nuisance, context, 16)[0]
-    other = C.averaged(network(), turned, 2, Rotation.nuisance, context, 16)[0]
+    one = C.averaged(network(), tiny, 2, NUISANCE, context, 16)[0]
+    other = C.averaged(network(), turned, 2, NUISANCE, context, 16)[0]
     assert torch.allclose(one, other, atol=1e-4)
 
 
@@ -99,7 +102,7 @@ def test_averaged_features_do_not_know_the_rotation(tiny, context):
 def test_what_a_round_averages_over(changes, expected):
     made = command.parse(["--data.path", "digits", *changes])
     assert [C.averaging(made, number) for number in (1, 2, 3)] == expected
-    kinds = {kind: C.views_of(kind, Rotation.nuisance) for kind in expected}
+    kinds = {kind: C.views_called(kind, made.proxy) for kind in expected}
     assert all(len(views) == {"nuisance": 8, "familiar": 6, "none": 1}[kind] for kind, views in kinds.items())
 
 
@@ -127,7 +130,7 @@ def test_files_tell_every_images_label_and_distance(tiny, context, tmp_path):
 def test_a_clustering_assigns_the_same_labels_again(tiny, context, tmp_path):
     make(tiny, context, tmp_path / "round_1")
     earlier = C.Clustered(tmp_path / "round_1")
-    again = earlier(C.averaged(network(), tiny, 3, Rotation.nuisance, context, 16)[0])
+    again = earlier(C.averaged(network(), tiny, 3, NUISANCE, context, 16)[0])
     labels, _ = C.read_labels(tmp_path / "round_1" / "labels.parquet")
     assert torch.equal(again["label_3"], labels[:, 0])
     assert torch.equal(again["label_5"], labels[:, 1])
@@ -140,7 +143,7 @@ def test_budget_counts_a_third_of_each_forward_pass(tiny, context, tmp_path):
     assert context.budget["images"] == pytest.approx(len(tiny) * 8 / 3)
     assert context.budget["flops"] > len(tiny) * 8 * operations.forward_flops(network(), 16)
     context.budget = {"images": 0.0, "flops": 0.0, "seconds": 0.0}
-    make(tiny, context, tmp_path / "b", views=Rotation.nuisance[:1])
+    make(tiny, context, tmp_path / "b", views=NUISANCE[:1])
     assert context.budget["images"] == pytest.approx(len(tiny) / 3)
 
 
@@ -196,7 +199,7 @@ def test_classes_are_compared_on_training_images_alone(tiny, context, tmp_path):
 def test_distances_are_one_minus_the_cosine_to_the_own_centroid(tiny, context, tmp_path):
     make(tiny, context, tmp_path / "a")
     saved = load_file(tmp_path / "a" / "clusters.safetensors")
-    features = C.averaged(network(), tiny, 3, Rotation.nuisance, context, 16)[0]
+    features = C.averaged(network(), tiny, 3, NUISANCE, context, 16)[0]
     rows = C.Whitening(saved["mean"], saved["projection"])(features)
     table = pq.read_table(tmp_path / "a" / "labels.parquet")
     for row, label, distance in zip(rows, *(table[n].to_pylist() for n in ("label_5", "distance_5")), strict=True):
@@ -214,7 +217,7 @@ def test_agreements_compare_two_runs_and_two_views(context, tmp_path, monkeypatc
     saved = load_file(tmp_path / "a" / "clusters.safetensors")
     whiten = C.Whitening(saved["mean"], saved["projection"])
     train = ~images.held_out
-    mean, first, last = (whiten(x)[train] for x in C.averaged(network(), images, 3, Rotation.nuisance, context, 16))
+    mean, first, last = (whiten(x)[train] for x in C.averaged(network(), images, 3, NUISANCE, context, 16))
     best, second = (run.centroids for run in made[0][:2])
 
     def labels(rows, centroids):

@@ -16,7 +16,6 @@ from tests.conftest import ROOT, TINY_RUN, call
 from training import arms as A
 from training import command, compare, contrast, records
 from training.files import Diverged, read_json
-from training.proxies.rotation import Rotation
 
 ARMS = '["random","proxy","scratch","keep_high","sslpp"]'
 TINY = [
@@ -179,9 +178,9 @@ def test_a_rate_that_diverges_loses_and_stops_nothing(monkeypatch):
 
 def test_another_task_may_have_the_whole_budget():
     made = command.parse(["--data.path", "digits", "--proxy.epochs", "5", "--relearn.epochs", "5"])
-    counts = A.Counts(1000, 1100, Rotation.nuisance, other="another")
+    counts = A.Counts(1000, 1100, lambda proxy: 1.0, other="rotation")
     built = A.build("other_proxy", made, counts, lr=4.0)
-    assert (built.proxy.name, built.relearn.rounds, built.proxy.lr) == ("another", 0, 4 * made.proxy.lr)
+    assert (built.proxy.name, built.relearn.rounds, built.proxy.lr) == ("rotation", 0, 4 * made.proxy.lr)
     assert A.budget(built, counts) == pytest.approx(A.budget(made, counts), abs=128)
 
 

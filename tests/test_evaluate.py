@@ -160,7 +160,7 @@ def measured(context, train, held, **settings):
     torch.manual_seed(0)
     network = B.create(Model("test_resnet"), 16).eval()
     chosen = Evaluate(**{"linear_c": [0.1], "knn_k": [3, 500], "shots": [], **settings})
-    return E.evaluate(network, chosen, E.Over((train, held), Rotation.residue), context)
+    return E.evaluate(network, chosen, E.Over((train, held), Rotation.residue(None)), context)
 
 
 def test_every_protocol_is_measured_at_every_stage_and_split(context):

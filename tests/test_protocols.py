@@ -113,7 +113,7 @@ def measured(context, **over):
     network = B.create(Model("test_resnet"), 16).eval()
     settings = Evaluate(linear_c=[0.1], knn_k=[3], shots=[1, 4])
     splits = make_images(80), make_images(24, seed=1)
-    return E.evaluate(network, settings, E.Over(splits, Rotation.residue, **over), context)
+    return E.evaluate(network, settings, E.Over(splits, Rotation.residue(None), **over), context)
 
 
 def test_transfer_measures_the_same_on_another_data_set(context):

@@ -1,11 +1,13 @@
 """Proxy tasks against a plain loop, and their options."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from tests.conftest import make_images
 from training import backbone as B
-from training import loop, proxies, views
+from training import clusters, command, loop, proxies, recipe, views
 from training.files import Refused
 from training.launch import Key
 from training.proxies.rotation import Rotation
@@ -53,20 +55,20 @@ def test_rotation_is_learned(context):
 @pytest.mark.parametrize("name", proxies.PROXIES)
 def test_the_first_nuisance_view_changes_nothing_and_all_differ(name):
     batch = torch.rand(1, 3, 8, 8)
-    seen = [view(batch) for view in proxies.PROXIES[name].nuisance]
+    seen = [view(batch) for view in proxies.nuisance(proxies.settings(name))]
     assert torch.equal(seen[0], batch)
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
-    turned = [view(batch) for view in proxies.PROXIES[name].residue]
+    turned = [view(batch) for view in proxies.residue(proxies.settings(name))]
     assert all(not torch.equal(a, b) for i, a in enumerate(turned) for b in turned[:i])
 
 
 def test_rotations_of_every_side_are_asked_about_and_measured(tiny, context):
     batch = torch.rand(2, 3, 8, 8)
     expected = [torch.rot90(batch, quarter, (2, 3)) for quarter in range(4)]
-    for found, turned in zip(Rotation.residue, expected, strict=True):
+    for found, turned in zip(Rotation.residue(None), expected, strict=True):
         assert torch.equal(found(batch), turned)
     for found, turned in zip(
-        Rotation.nuisance, expected + [torch.rot90(batch.flip(3), q, (2, 3)) for q in range(4)], strict=True
+        Rotation.nuisance(None), expected + [torch.rot90(batch.flip(3), q, (2, 3)) for q in range(4)], strict=True
     ):
         assert torch.equal(found(batch), turned)
     task, asked = build(tiny), []
@@ -103,7 +105,64 @@ def test_an_mlp_and_an_average_come_with_the_schedule(tiny):
 
 
 def test_unknown_tasks_and_options_are_refused():
-    with pytest.raises(Refused, match=r"proxy\.name: .*'jigsaw'.*rotation"):
-        proxies.find(Proxy(name="jigsaw"))
-    with pytest.raises(Refused, match=r"proxy\.options.*turns"):
-        proxies.options(Proxy(options={"turns": 8}))
+    with pytest.raises(Refused, match=r"proxy\.name: .*'magic'.*rotation"):
+        proxies.find("magic")
+    for arguments in (["--proxy.name", "magic"], ["--proxy.options.turns", "8"], ["--proxy.options", "{turns: 8}"]):
+        with pytest.raises(Refused, match=r"magic|turns"):
+            command.parse(["--data.path", "digits", *arguments])
+
+
+class Faint(Rotation):
+    """A task of its own, with options and defaults."""
+
+    @dataclasses.dataclass
+    class Options:
+        """Options of Faint"""
+
+        strength: float = 0.5
+        """How strong."""
+
+    defaults = {"lr": 0.3, "mlp_layers": 1, "views": Views(grey=0.7, turn=0.0)}
+    whole_batch = True
+
+    @staticmethod
+    def nuisance(options):
+        return ()
+
+    @staticmethod
+    def seen(options, backbone, size):
+        return 2.0
+
+
+def test_a_task_brings_its_options_and_defaults(monkeypatch, tmp_path):
+    monkeypatch.setitem(proxies.PROXIES, "faint", Faint)
+    made = command.parse(["--data.path", "digits", "--proxy.name", "faint", "--proxy.lr", "0.2"])
+    assert (made.proxy.options.strength, made.proxy.mlp_layers, made.proxy.views.grey) == (0.5, 1, 0.7)
+    assert made.proxy.lr == 0.2  # what is asked for comes before what is published
+    assert command.parse(["--data.path", "digits"]).proxy.views.grey == 0.0  # rotation's are untouched
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(made))  # resolved
+    assert "strength: 0.5" in path.read_text()
+    assert command.parse(["--config", str(path)]) == made
+    path.write_text("proxy: {name: faint, options: {strength: 0.9}}\ndata: {path: digits}\n")
+    changed = command.parse(["--config", str(path)])
+    assert (changed.proxy.options.strength, changed.proxy.lr) == (0.9, 0.3)
+    assert recipe.phase_fields(changed, "proxy")["proxy.options"] == {"strength": 0.9}
+    for wrong in (["--proxy.options.strong", "1"], ["--proxy.options.strength", "much"]):
+        with pytest.raises(Refused, match=r"proxy\.options\.str"):
+            command.parse(["--data.path", "digits", "--proxy.name", "faint", *wrong])
+    assert "How strong. (type: float, default: 0.5)" in command.parser(["--proxy.name=faint"]).format_help()
+
+
+def test_what_a_task_says_of_itself_is_used(monkeypatch, tiny, context):
+    monkeypatch.setitem(proxies.PROXIES, "faint", Faint)
+    made = command.parse(["--data.path", "digits", "--proxy.name", "faint"])
+    assert clusters.averaging(made, 1) == "familiar"  # covariant with nothing
+    assert clusters.views_called("none", made.proxy)[0](torch.ones(1, 3, 2, 2)).sum() == 12
+    with pytest.raises(Refused, match=r"proxy\.accumulate: the loss of faint needs"):
+        proxies.check(dataclasses.replace(made.proxy, accumulate=2))
+    proxy = proxies.settings("faint", batch_size=8, epochs=1.0)
+    torch.manual_seed(0)
+    task = proxies.build(proxy, B.create(Model("test_resnet"), 16), tiny)
+    loop.train(task, tiny, tiny.train, proxy, Key(0, "proxy"), context, "x")
+    assert context.budget["images"] == 4 * 8 * 2  # two views each

@@ -82,7 +82,7 @@ def test_data_must_be_named():
 
 
 def test_every_field_is_explained():
-    text = command.parser().format_help()
+    text = command.parser([]).format_help()
 
     def fields(kind, name):
         for field in dataclasses.fields(kind):
@@ -93,6 +93,6 @@ def test_every_field_is_explained():
                 yield f"{name}{field.name}"
 
     explained = {block.split()[0].rstrip(","): block for block in text.split("\n  --")[1:]}
-    for option in fields(recipe.Recipe, ""):
+    for option in set(fields(recipe.Recipe, "")) - {"proxy.options"}:  # each task's own
         block = " ".join(explained[option].split())
         assert re.search(r"[a-z]{2,}[^()]* [^()]*\. (\(|$)|[a-z]{2,} .*\(type:", block), option

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import proxies
-from .clusters import averaging, views_of
-from .recipe import Recipe, Schedule
-from .views import View
+from .clusters import views_of
+from .recipe import Proxy, Recipe, Schedule
 
 
 @dataclass(frozen=True)
@@ -22,27 +21,28 @@ class Counts:
     Attributes:
         training: images that may be drawn.
         usable: images whose features are clustered, those held out included.
-        nuisance: the proxy's nuisance views.
+        seen: views of an image that a step of a proxy task counts.
         other: another task, for the arm of that name.
     """
 
     training: int
     usable: int
-    nuisance: tuple[View, ...]
+    seen: Callable[[Proxy], float]
     other: str | None = None
 
 
-def images_of(schedule: Schedule, counts: Counts) -> int:
-    """Images that a schedule passes forward and backward."""
+def images_of(schedule: Schedule, counts: Counts) -> float:
+    """Views of images that a schedule passes forward and backward."""
     epoch = counts.training // schedule.batch_size
-    return round(schedule.epochs * epoch) * schedule.batch_size
+    views = counts.seen(schedule) if isinstance(schedule, Proxy) else 1.0
+    return round(schedule.epochs * epoch) * schedule.batch_size * views
 
 
 def clustering_images(recipe: Recipe, counts: Counts, number: int) -> float:
     """What the forward passes of a round's phase 2 count."""
     if recipe.clusters.source == "labels":
         return 0.0
-    return counts.usable * len(views_of(averaging(recipe, number), counts.nuisance)) / 3
+    return counts.usable * len(views_of(recipe, number)) / 3
 
 
 def budget(recipe: Recipe, counts: Counts) -> float:
@@ -53,8 +53,9 @@ def budget(recipe: Recipe, counts: Counts) -> float:
 
 
 def lengthen(schedule: Schedule, images: float, counts: Counts) -> None:
-    """Set the epochs so that a schedule passes that many images, to within half a batch."""
-    schedule.epochs = round(images / schedule.batch_size) / (counts.training // schedule.batch_size)
+    """Set the epochs so that a schedule passes that many views of images, to within half a batch."""
+    views = counts.seen(schedule) if isinstance(schedule, Proxy) else 1.0
+    schedule.epochs = round(images / views / schedule.batch_size) / (counts.training // schedule.batch_size)
 
 
 def random(recipe: Recipe, counts: Counts) -> None:
@@ -75,9 +76,10 @@ def proxy(recipe: Recipe, counts: Counts) -> None:
 
 def other_proxy(recipe: Recipe, counts: Counts) -> None:
     """Another proxy task from the same start, given the whole budget."""
-    lengthen(recipe.proxy, budget(recipe, counts), counts)
+    whole, same = budget(recipe, counts), {"batch_size": recipe.proxy.batch_size}
+    recipe.proxy = proxies.settings(counts.other, **same)
+    lengthen(recipe.proxy, whole, counts)
     recipe.relearn.rounds = 0
-    recipe.proxy.name, recipe.proxy.options = counts.other, {}
 
 
 def clusterfit(recipe: Recipe, counts: Counts) -> None:
@@ -145,7 +147,7 @@ UNTUNED = ("random", "proxy_short")  # nothing of theirs has a learning rate of 
 
 def strong(recipe: Recipe) -> None:
     """Give the proxy the views of phase 3, but for what it asks about."""
-    own = {name: getattr(recipe.proxy.views, name) for name in proxies.find(recipe.proxy).asked}
+    own = {name: getattr(recipe.proxy.views, name) for name in proxies.find(recipe.proxy.name).asked}
     recipe.proxy.views = dataclasses.replace(recipe.relearn.views, **own)
 
 

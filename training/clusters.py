@@ -18,7 +18,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import recipe
+from . import proxies, recipe
 from .files import Refused, whole_file
 from .images import Images
 from .kmeans import assign, kmeans
@@ -80,12 +80,18 @@ def averaging(recipe: recipe.Recipe, number: int) -> str:
     if recipe.clusters.average != "auto":
         return recipe.clusters.average
     by_proxy = recipe.proxy.epochs > 0 or not recipe.model.pretrained
-    return "nuisance" if by_proxy and number == 1 else "familiar"
+    covariant = bool(proxies.nuisance(recipe.proxy))
+    return "nuisance" if by_proxy and covariant and number == 1 else "familiar"
 
 
-def views_of(averaging: str, nuisance: tuple[View, ...]) -> tuple[View, ...]:
-    """The views that features are averaged over, the first of which changes nothing."""
-    return {"nuisance": nuisance, "familiar": FAMILIAR, "none": nuisance[:1]}[averaging]
+def views_of(recipe: recipe.Recipe, number: int) -> tuple[View, ...]:
+    """The views that a round's features are averaged over, the first of which changes nothing."""
+    return views_called(averaging(recipe, number), recipe.proxy)
+
+
+def views_called(averaging: str, proxy: recipe.Proxy) -> tuple[View, ...]:
+    """The views of an averaging: "nuisance", which is "none" for a task that is covariant with nothing, and so on."""
+    return {"nuisance": proxies.nuisance(proxy), "familiar": FAMILIAR, "none": ()}[averaging] or FAMILIAR[:1]
 
 
 def averaged(

@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from .files import Failed, Refused
-from .recipe import Data, Recipe, Schedule
+from .recipe import Data, Proxy, Recipe, Running, Schedule
 
 
 class Parser(ArgumentParser):
@@ -45,13 +46,50 @@ def model_parser(name: str, description: str, options: str) -> Parser:
 ABOUT = "A recipe in, a run folder out. Without any argument: the quickstart, on digits. Started again, it goes on."
 
 
-def parser(prog: str = "python -m training", description: str = ABOUT, skip: Collection[str] = ()) -> Parser:
-    """The command line of what takes a recipe: ``--config FILE`` and an option for each field that is not skipped."""
+def parser(
+    arguments: Sequence[str],
+    prog: str = "python -m training",
+    description: str = ABOUT,
+    skip: Collection[str] = (),
+) -> Parser:
+    """The command line of what takes a recipe: ``--config FILE`` and an option for each field that is not skipped.
+
+    The proxy task that `arguments` name has its own options, and its own defaults of the fields that all tasks have.
+    """
+    from . import proxies
+
     usage = "%(prog)s [--config RECIPE] [--FIELD VALUE ...]"
     result = Parser(prog=prog, description=description, usage=usage, allow_abbrev=False)
     result.add_argument("--config", action="config", help="Recipe, a YAML file; later options override it.")
-    result.add_class_arguments(Recipe, as_group=False, skip=set(skip))
+    result.add_class_arguments(Running, as_group=False, skip={"log", *skip})
+    task = proxies.find(proxy_name(arguments))
+    for field in dataclasses.fields(Recipe):
+        if field.name == "proxy":
+            result.add_class_arguments(Proxy, "proxy", skip={"options"})
+            result.add_class_arguments(task.Options, "proxy.options")
+            result.set_defaults({f"proxy.{name}": value for name, value in proxies.defaults(task).items()})
+        elif dataclasses.is_dataclass(field.type):
+            result.add_class_arguments(field.type, field.name)
     return result
+
+
+def proxy_name(arguments: Sequence[str]) -> str:
+    """The proxy task that a command line names, in a file or by ``--proxy.name``; what comes last counts."""
+    name, given = Proxy().name, iter(arguments)
+    for argument in given:
+        option, mark, value = argument.partition("=")
+        if option not in ("--config", "--proxy.name"):
+            continue
+        value = value if mark else next(given, "")
+        if option == "--proxy.name":
+            name = value
+            continue
+        try:
+            proxy = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get("proxy") or {}
+            name = str(proxy.get("name", name))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            pass  # what is wrong with the file, the parser tells
+    return name
 
 
 def parse(arguments: Sequence[str]) -> Recipe:
@@ -60,7 +98,7 @@ def parse(arguments: Sequence[str]) -> Recipe:
     Raises:
         Refused: a field is unknown, of the wrong type, or impossible.
     """
-    command = parser()
+    command = parser(arguments)
     return from_values(command.read(arguments), command)
 
 

@@ -6,6 +6,7 @@ seeds can be added later.
 """
 
 import copy
+import functools
 import math
 import shutil
 import sys
@@ -30,8 +31,9 @@ GRID = (0.25, 1.0, 4.0)
 WIDENED = 2  # times that an arm's grid goes a step further, where the best lies at its edge
 
 
-def command() -> Parser:
-    made = parser("python -m training.compare", "Compare SSL++ with its controls at an equal budget.", skip={"seed"})
+def command(arguments: Sequence[str]) -> Parser:
+    about = "Compare SSL++ with its controls at an equal budget."
+    made = parser(arguments, "python -m training.compare", about, skip={"seed"})
     usual = [arm for arm in A.ARMS if arm != "other_proxy"]
     made.add_argument("--arms", type=list[str], default=usual, help="Arms to compare.")
     made.add_argument("--other_proxy", help="The task of the arm other_proxy, a file of training/proxies.")
@@ -44,7 +46,7 @@ def command() -> Parser:
 
 def main(arguments: Sequence[str], **defaults: Any) -> None:
     """The command; `defaults` are other values of its options."""
-    made = command()
+    made = command(arguments)
     made.set_defaults(defaults)
     values = made.read(arguments)
     arms, seeds, grid, other = (values.pop(name) for name in ("arms", "seeds", "grid", "other_proxy"))
@@ -169,7 +171,8 @@ def compare(
         lock = lock_folder(folder) if context.main else None
         read = setup.load_images(recipe, network, context)
         train = read[0][0]
-        counts = A.Counts(len(train.train), len(train.all), proxies.find(recipe.proxy).nuisance, other)
+        seen = functools.partial(proxies.seen, backbone=network, size=recipe.data.size)
+        counts = A.Counts(len(train.train), len(train.all), seen, other)
         for arm in arms:
             try:
                 setup.refuse(A.build(arm, recipe, counts), train, accelerator.num_processes)

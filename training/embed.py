@@ -66,7 +66,9 @@ def assign(folder: Path, found: Images, context: Context, batch_size: int) -> di
         raise Refused(f"--clusters: the backbone whose features {folder} clusters is not beside it.")
     network = B.load(source).to(context.accelerator.device)
     stage = B.resolve_stage(network, read["clusters.stage"], "clusters.stage")
-    views = clusters.views_of(read["views"], proxies.PROXIES[read["proxy.name"]].nuisance)
+    task = proxies.find(read["proxy.name"])
+    proxy = recipe.Proxy(name=read["proxy.name"], options=task.Options(**(read["proxy.options"] or {})))
+    views = clusters.views_called(read["views"], proxy)
     seen = B.as_seen_by(network, found)
     return earlier(clusters.averaged(network, seen, stage, views, context, batch_size)[0])
 

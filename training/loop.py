@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from . import backbone as B
@@ -139,12 +140,18 @@ def draw_batch(
         step_indices=whole,
         labels=images.labels[chosen].to(device, non_blocking=True) if images.labels is not None else None,
         draws=Draws(key.number("views", step), size, start, start + rows),
+        step=step,
+        total=round(schedule.epochs * epoch_steps),
     )
 
 
 def count_flops(task: Task, batch: Batch) -> float:
-    """Floating-point operations of an image's training step, forward and backward, counted on a copy of the task."""
-    copied = copy.deepcopy(task)
+    """Floating-point operations of an image's training step, forward and backward, counted on a copy of the task.
+
+    What is a buffer and no batch norm's, such as a queue or a bank, is not copied: `forward` only reads it.
+    """
+    norms = {id(b) for module in task.modules() if isinstance(module, _BatchNorm) for b in module.buffers()}
+    copied = copy.deepcopy(task, {id(b): b for b in task.buffers() if id(b) not in norms})
     with counting_flops() as counter:
         copied(batch)["loss"].backward()
     return counter.get_total_flops() / len(batch.indices)
@@ -235,7 +242,7 @@ def train(
     # 2. schedule and log
     warmup = min(round(schedule.warmup * epoch_steps), total // 10)
     log, bar, window = Log(context, key, step), _bar(context, key, step, total), Window(context)
-    meter = Meter(context, flops, schedule.batch_size)
+    meter = Meter(context, flops, schedule.batch_size, task.seen)
     saved_at = step
     context.stop.deferred = True
     # 3. steps
@@ -259,14 +266,14 @@ def train(
             ends = _agreed(context, look)
             if look or ends:
                 means = window.read(step, schedule.batch_size)
-                log.write(step, images=step * schedule.batch_size, lr=rate, **means)
+                log.write(step, images=round(step * schedule.batch_size * task.seen), lr=rate, **means)
                 bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in {**means, "lr": rate}.items()), refresh=False)
             if due or ends or (epoch_end and step % epoch_steps == 0):
                 B.unite_norms(task)
             ended = epoch_end and (step % epoch_steps == 0 or step == total)
             # Before the checkpoint, after which this epoch is over for good.
             if ended and (told := epoch_end(step, total)):
-                log.write(step, images=step * schedule.batch_size, **told)
+                log.write(step, images=round(step * schedule.batch_size * task.seen), **told)
                 bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in told.items()), refresh=False)
             if due or ends:
                 meter.read(step - saved_at)
@@ -331,13 +338,14 @@ def save_checkpoint(
 class Meter:
     """Adds what steps cost to the run's budget."""
 
-    def __init__(self, context: Context, flops: float, batch_size: int) -> None:
-        self.context, self.flops, self.batch_size, self.since = context, flops, batch_size, time.perf_counter()
+    def __init__(self, context: Context, flops: float, batch_size: int, views: float) -> None:
+        self.context, self.flops, self.views, self.since = context, flops, views, time.perf_counter()
+        self.batch_size = batch_size
 
     def read(self, steps: int) -> None:
         """Count `steps` more steps, and the time since the last reading."""
         now, images = time.perf_counter(), steps * self.batch_size
-        self.context.spend(images, images * self.flops, now - self.since)
+        self.context.spend(images * self.views, images * self.flops, now - self.since)
         self.since = now
 
 

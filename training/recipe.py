@@ -165,9 +165,9 @@ class Proxy(Schedule):
     """Phase 1: the proxy task"""
 
     name: str = "rotation"
-    """Task, a file of training/proxies."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Options of the task, see its file."""
+    """Task, a file of training/proxies, with options and defaults of its own."""
+    options: Any = None
+    """Options of the task, its own dataclass; None: as published."""
     views: Views = field(default_factory=weak_views)
 
 
@@ -298,9 +298,9 @@ class Recipe(Running):
 COMMON = ("model", "seed", "precision", "data.size", "data.val_fraction", "data.split_seed")
 READS = {
     "proxy": (*COMMON, "proxy"),
-    "clusters": (*COMMON, "clusters", "proxy.name"),
+    "clusters": (*COMMON, "clusters", "proxy.name", "proxy.options"),
     "relearn": (*COMMON, "relearn"),
-    "evaluate": (*COMMON, "evaluate", "proxy.name", "relearn.views"),
+    "evaluate": (*COMMON, "evaluate", "proxy.name", "proxy.options", "relearn.views"),
 }
 IGNORED = ("relearn.rounds", "evaluate.every", "evaluate.transfer")
 

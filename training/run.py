@@ -189,7 +189,7 @@ def phase_clusters(this: Run, source: Path, number: int) -> Path:
                 network,
                 this.train,
                 settings,
-                clusters.views_of(over, this.proxy.nuisance),
+                clusters.views_of(this.recipe, number),
                 this.key("clusters", number),
                 this.context,
                 this.recipe.evaluate.batch_size,
@@ -252,7 +252,7 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     this.context.say(f"measuring {arm}" + (f", round {number}" if number else "") + again)
     this.accelerator.wait_for_everyone()  # every process has looked before the main one writes
     network = this.on_device(B.load(folders[-1]) if folders else this.untrained())
-    over = Over((this.train, this.test), this.proxy.residue, this.recipe.relearn.views, this.transfer)
+    over = Over((this.train, this.test), proxies.residue(this.recipe.proxy), this.recipe.relearn.views, this.transfer)
     found = evaluate(network, this.recipe.evaluate, over, this.context)
     if this.main:
         markers = [folder / f"{name}.json" for folder in folders for name in READS]

@@ -22,7 +22,6 @@ from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all,
 from .loop import Context, steps_of
 from .operations import dead_taps
 from .recipe import READS, Data, Recipe, Schedule, phase_fields, to_yaml
-from .task import BackboneTask
 
 Splits = tuple[Images, Images | None]
 Read = tuple[Splits, dict[str, Splits]]  # the images, and other data sets by name
@@ -38,7 +37,6 @@ class Run:
         folder: the run folder.
         context: processes, log and budget.
         train, test: the splits; test is None without one.
-        proxy: class of the proxy task.
         transfer: other data sets by name, for evaluation.
         lock: held on the main process while the run lasts.
         shared: folder of phases that several runs of a comparison have in common; None for a run by itself.
@@ -50,7 +48,6 @@ class Run:
     context: Context
     train: Images
     test: Images | None
-    proxy: type[BackboneTask]
     transfer: dict[str, Splits]
     lock: IO[str] | None
     shared: Path | None = None
@@ -104,8 +101,6 @@ def prepare(
         Refused: naming the field.
     """
     folder, recipe = Path(recipe.run), copy.deepcopy(recipe)
-    proxy = proxies.find(recipe.proxy)
-    proxies.options(recipe.proxy)
     network = B.create(recipe.model, recipe.data.size, pretrained=False)
     recipe.precision = run_precision(recipe, network)
     relearn.split(network, recipe.relearn, recipe.data.size)
@@ -121,7 +116,7 @@ def prepare(
         refuse(recipe, train, accelerator.num_processes)
         if context.main:
             _remember(recipe, folder, train, test)
-    run = Run(recipe, arm, folder, context, train, test, proxy, transfer, lock, shared)
+    run = Run(recipe, arm, folder, context, train, test, transfer, lock, shared)
     if run.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     accelerator.init_trackers("sslpp", {})
@@ -333,7 +328,12 @@ def _announce(run: Run, network: nn.Module) -> None:
     recipe, processes = run.recipe, run.accelerator.num_processes
     tell(run.context, run.train, network)
     schedules = [recipe.proxy, *[recipe.relearn] * recipe.relearn.rounds]
-    views = sum(steps_of(s, len(run.train.train), "")[1] * s.batch_size for s in schedules if s.epochs)
+    counts = [proxies.seen(recipe.proxy, network, recipe.data.size), *[1.0] * recipe.relearn.rounds]
+    views = sum(
+        steps_of(s, len(run.train.train), "")[1] * s.batch_size * count
+        for s, count in zip(schedules, counts, strict=True)
+        if s.epochs
+    )
     rows = min(s.batch_size // (processes * s.accumulate) for s in schedules if s.epochs) if views else 64
     seconds = views * _seconds_of_a_view(run, run.on_device(network).train(), min(64, rows)) / processes
     weights = sum(p.nbytes for p in network.parameters())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import backbone as B
 from . import views
 from .images import Images
-from .recipe import Schedule
+from .recipe import Schedule, Views
 
 
 @dataclass
@@ -26,6 +26,8 @@ class Batch:
         step_indices: [n] int64 on the CPU, those of the whole step, over all processes and micro-batches.
         labels: [B] int64 on the device, -1 where unknown; None without labels.
         draws: the step's random stream, of which this batch has its rows.
+        step: steps of the schedule that are done.
+        total: all of them.
     """
 
     pixels: Tensor
@@ -34,10 +36,18 @@ class Batch:
     step_indices: Tensor
     labels: Tensor | None
     draws: views.Draws
+    step: int
+    total: int
 
 
 class Task(nn.Module):
-    """What is learned: owns backbone, heads, queues and averaged copies, so that its state_dict is the whole state."""
+    """What is learned: owns backbone, heads, queues and averaged copies, so that its state_dict is the whole state.
+
+    Attributes:
+        seen: views of an image that a step passes forward and backward; a forward pass alone counts a third.
+    """
+
+    seen: float = 1.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and the task's own metrics, these detached."""
@@ -115,9 +125,10 @@ class ViewTask(Task):
             B.set_frozen_mode(self.network, self.held, self.held_norm)
         return self
 
-    def see(self, batch: Batch) -> Tensor:
-        """A random view of each image, [B, 3, size, size], float32 in [0, 1]."""
-        return views.random_views(self.views, batch.pixels, batch.sizes, batch.draws, self.size)
+    def see(self, batch: Batch, kind: Views | None = None, size: int | None = None) -> Tensor:
+        """A random view of each image, [B, 3, size, size], float32 in [0, 1]; the schedule's at the working size if not
+        told otherwise."""
+        return views.random_views(kind or self.views, batch.pixels, batch.sizes, batch.draws, size or self.size)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] as the network expects them."""

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.read(arguments)
     made = parser.instantiate(given)
     check_data(made.data)
-    views = proxies.find(recipe.Proxy(name=given.residue)).residue if given.residue else ()
+    views = proxies.residue(proxies.settings(given.residue)) if given.residue else ()
     with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
         context = one_process("evaluate", Path(scratch), stop)
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)

@@ -1,67 +1,84 @@
-"""Proxy tasks: labels made from the images themselves.
-
-A proxy is a `BackboneTask` made from (backbone, recipe.proxy, images) that also says, as class attributes,
-    Options     a dataclass of its own settings, ``proxy.options`` in a recipe;
-    nuisance    what it is covariant with: views, [B, 3, H, W] to the same, the first of which changes nothing; phase 2
-                averages features over them;
-    asked       fields of its views that change the answer to what it asks, and must be 0;
-    residue     views of which the proxy itself tells one from another, by their position; the residue measures how well
-                its features still do.
-"""
+"""Proxy tasks: labels made from the images themselves. `proxy.py` says what one is."""
 
 import dataclasses
+from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from .. import recipe
 from ..files import Refused
 from ..images import Images
-from ..task import BackboneTask
+from ..views import View
+from .proxy import Proxy
 from .rotation import Rotation
 
-PROXIES: dict[str, type[BackboneTask]] = {"rotation": Rotation}
+PROXIES: dict[str, type[Proxy]] = {"rotation": Rotation}
 
 
-def find(proxy: recipe.Proxy) -> type[BackboneTask]:
-    """The class of a recipe's proxy task.
+def find(name: str) -> type[Proxy]:
+    """The class of a task.
 
     Raises:
         Refused: there is no such task.
     """
-    if proxy.name not in PROXIES:
-        raise Refused(f"proxy.name: there is no task {proxy.name!r}; there are {', '.join(PROXIES)}.")
-    return PROXIES[proxy.name]
+    if name not in PROXIES:
+        raise Refused(f"proxy.name: there is no task {name!r}; there are {', '.join(PROXIES)}.")
+    return PROXIES[name]
 
 
-def options(proxy: recipe.Proxy) -> object:
-    """The task's options, checked against its dataclass.
+def defaults(task: type[Proxy]) -> dict[str, Any]:
+    """A task's defaults by dotted name below ``proxy``, views field by field."""
+    own = dict(task.defaults)
+    views = own.pop("views", None)
+    return own | ({f"views.{f.name}": getattr(views, f.name) for f in dataclasses.fields(views)} if views else {})
 
-    Raises:
-        Refused: an option is unknown or of the wrong type.
-    """
-    kind = find(proxy).Options
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
-    try:
-        values = parser.parse_object(proxy.options)
-    except ArgumentError as error:
-        names = ", ".join(f.name for f in dataclasses.fields(kind)) or "none"
-        raise Refused(f"proxy.options: {' '.join(str(error).split())} (options of {proxy.name}: {names})") from error
-    return kind(**values.as_dict())
+
+def settings(name: str, **fields: Any) -> recipe.Proxy:
+    """A task's settings as published, but for `fields`."""
+    task = find(name)
+    return recipe.Proxy(**{"name": name, "options": task.Options(), **task.defaults, **fields})
+
+
+def options(proxy: recipe.Proxy) -> Any:
+    """The task's options, those of its dataclass where the recipe has none."""
+    return proxy.options if proxy.options is not None else find(proxy.name).Options()
+
+
+def nuisance(proxy: recipe.Proxy) -> tuple[View, ...]:
+    """What the task is covariant with; none for a task that is not."""
+    return find(proxy.name).nuisance(options(proxy))
+
+
+def residue(proxy: recipe.Proxy) -> tuple[View, ...]:
+    """What of the task may be left in features; none for a task without."""
+    return find(proxy.name).residue(options(proxy))
+
+
+def seen(proxy: recipe.Proxy, backbone: nn.Module, size: int) -> float:
+    """Views of an image that a step counts."""
+    return find(proxy.name).seen(options(proxy), backbone, size)
 
 
 def check(proxy: recipe.Proxy) -> None:
-    """Refuse views that change what the task asks about.
+    """Refuse settings that the task cannot be trained with.
 
     Raises:
         Refused: naming the field.
     """
-    for name in find(proxy).asked:
+    task = find(proxy.name)
+    for name in task.asked:
         if proxy.epochs and getattr(proxy.views, name):
             raise Refused(f"proxy.views.{name}: {proxy.name} asks about it, so that its views must not; set it to 0.")
+    if task.whole_batch and proxy.accumulate > 1:
+        raise Refused(f"proxy.accumulate: the loss of {proxy.name} needs a step's images at once; set it to 1.")
 
 
-def build(proxy: recipe.Proxy, backbone: nn.Module, images: Images) -> BackboneTask:
-    """The recipe's proxy task over a backbone."""
-    return find(proxy)(backbone, proxy, images, options(proxy))
+def build(proxy: recipe.Proxy, backbone: nn.Module, images: Images) -> Proxy:
+    """The recipe's proxy task over a backbone.
+
+    Raises:
+        Refused: the task cannot serve this backbone or size.
+    """
+    task = find(proxy.name)(backbone, proxy, images, options(proxy))
+    task.seen = seen(proxy, backbone, images.size)
+    return task

@@ -1,0 +1,49 @@
+"""What a proxy task is to the rest: a task over a backbone, and what phases, evaluation and cards ask of it."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .. import recipe
+from ..images import Images
+from ..task import BackboneTask
+from ..views import View
+
+
+class Proxy(BackboneTask):
+    """A proxy task, made from (backbone, recipe.proxy, images, options).
+
+    Attributes:
+        defaults: fields of recipe.proxy for photographs, as published, where they are not recipe.Proxy's own.
+        asked: fields of its views that change the answer to what it asks, and must be 0.
+        whole_batch: its loss needs all images of a step at once, so that micro-batches would change it.
+        specific: what its features are specific to, as cards and reports say it; None where nothing is known.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {}
+    asked: ClassVar[tuple[str, ...]] = ()
+    whole_batch: ClassVar[bool] = False
+    specific: ClassVar[str | None] = None
+
+    @dataclass
+    class Options:
+        """The task has no settings of its own."""
+
+    def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Any) -> None:
+        super().__init__(backbone, proxy, images)
+
+    @staticmethod
+    def nuisance(options: Any) -> tuple[View, ...]:
+        """What it is covariant with: views, the first of which changes nothing; phase 2 averages over them."""
+        return ()
+
+    @staticmethod
+    def residue(options: Any) -> tuple[View, ...]:
+        """Views that it tells one from another, by their position; the residue measures how well features still do."""
+        return ()
+
+    @staticmethod
+    def seen(options: Any, backbone: nn.Module, size: int) -> float:
+        """Views of an image that a step passes forward and backward; a forward pass alone counts a third."""
+        return 1.0
