@@ -30,10 +30,10 @@ class Mean(Task):
         super().__init__()
         self.linear = nn.Linear(3, 1)
         self.register_buffer("steps", torch.zeros(1))
-        self.spoil_at, self.seen, self.dtypes, self.after = spoil_at, [], [], None
+        self.spoil_at, self.drawn, self.dtypes, self.after = spoil_at, [], [], None
 
     def forward(self, batch):
-        self.seen.append(batch.indices)
+        self.drawn.append(batch.indices)
         means = batch.pixels.float().mean((2, 3)) / 255
         noise = batch.draws.uniform(1).float().to(means.device) * 0.1
         predicted = self.linear(means)
@@ -82,7 +82,7 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
 def test_every_epoch_draws_every_image_once_in_an_order_of_its_own(context):
     images = make_images(37)
     task = run(make(), context, images, epochs=2, batch_size=8)
-    seen = torch.cat(task.seen)
+    seen = torch.cat(task.drawn)
     epoch = len(images.train) // 8 * 8
     first, second = seen[:epoch], seen[epoch:]
     assert len(second) == epoch
