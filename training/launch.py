@@ -6,12 +6,14 @@ import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
 
 from .files import Refused, sha256_json
 
@@ -145,6 +147,37 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
             torch.set_num_threads(max(1, cores() // local))
     return accelerator
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' rows; backward, the sum of all processes' gradients of one's own rows."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        context.count = len(rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient[torch.distributed.get_rank() * context.count :][: context.count]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[n, ...] of every process as one, in their order, with gradients to each one's own; as many rows in each.
+
+    A loss over all of them, averaged over the processes as DDP averages gradients, has the gradient of the whole batch.
+    """
+    alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+    return rows if alone else _Gather.apply(rows)
+
+
+def first_row(count: int) -> int:
+    """Where this process's `count` rows begin among those that `gather_rows` returns."""
+    return count * torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def end_trackers(accelerator: Accelerator) -> None:

@@ -171,6 +171,11 @@ def mlp(width: int, hidden: int, layers: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*blocks), width
 
 
+def full(values: Tensor) -> Tensor:
+    """Values out of autocast: half precision as float32, others as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of rows whose largest logit is the label's; rows labelled -1 do not count."""
     known = labels >= 0

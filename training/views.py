@@ -5,7 +5,7 @@ gives what torchvision's functional transforms give for it; the tests hold the t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -259,6 +259,40 @@ def turn(images: Tensor, quarters: Tensor) -> Tensor:
     for quarter in (1, 2, 3):
         images = _change(images, quarters == quarter, lambda part, _, q=quarter: torch.rot90(part, q, (2, 3)))
     return images
+
+
+def tiles(images: Tensor, grid: int, side: int, draws: Draws) -> Tensor:
+    """Cut images into cells, and a tile out of each at a random place: [B, 3, S, S] to [B, grid^2, 3, side, side].
+
+    A gap between tiles and the jitter of their places leave no line to be followed from one into the next. Each tile is
+    brought to zero mean and unit deviation, so that its brightness does not tell where it was (Noroozi & Favaro 2016,
+    section 3.3).
+    """
+    cell = images.shape[2] // grid
+    place = (draws.uniform(grid * grid, 2) * (cell - side + 1)).long().to(images.device)
+    corner = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(images.device) * cell + place
+    along = torch.arange(side, device=images.device)
+    rows, columns = (corner[..., axis, None] + along for axis in (0, 1))  # [B, grid^2, side]
+    which = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
+    cut = images.permute(0, 2, 3, 1)[which, rows[..., :, None], columns[..., None, :]].permute(0, 1, 4, 2, 3)
+    mean, deviation = cut.mean((2, 3, 4), keepdim=True), cut.std((2, 3, 4), keepdim=True)
+    return (cut - mean) / deviation.clamp(min=1e-3)
+
+
+def shuffled(order: Sequence[int], grid: int) -> View:
+    """A view whose grid x grid cells are rearranged: the cell at place i is the one that was at order[i]."""
+
+    def view(images: Tensor) -> Tensor:
+        cell = images.shape[2] // grid
+        result = images.clone()
+        for place, source in enumerate(order):
+            (to_row, to_column), (row, column) = (divmod(number, grid) for number in (place, source))
+            result[:, :, to_row * cell : (to_row + 1) * cell, to_column * cell : (to_column + 1) * cell] = images[
+                :, :, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell
+            ]
+        return result
+
+    return view
 
 
 def _corner(bottom: bool, right: bool, flipped: bool, side: float = 0.8) -> View:

@@ -9,10 +9,30 @@ from .. import recipe
 from ..files import Refused
 from ..images import Images
 from ..views import View
+from .barlow_twins import BarlowTwins
+from .byol import BYOL
+from .distill import Distill
+from .jigsaw import Jigsaw
+from .moco import MoCo
+from .npid import NPID
 from .proxy import Proxy
+from .relative_location import RelativeLocation
 from .rotation import Rotation
+from .simclr import SimCLR
+from .simmim import SimMIM
 
-PROXIES: dict[str, type[Proxy]] = {"rotation": Rotation}
+PROXIES: dict[str, type[Proxy]] = {
+    "rotation": Rotation,
+    "jigsaw": Jigsaw,
+    "relative_location": RelativeLocation,
+    "npid": NPID,
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "byol": BYOL,
+    "barlow_twins": BarlowTwins,
+    "simmim": SimMIM,
+    "distill": Distill,
+}
 
 
 def find(name: str) -> type[Proxy]:
