@@ -143,3 +143,66 @@ sys.exit(guarded(finetune.main, sys.argv[1:]))
     for stage in ("best", "last"):
         told = read_json(tmp_path / "run" / stage / "finetune.json")["val_top1"]
         assert records.value(found, stage=stage, split="val") == pytest.approx(told)
+
+
+def test_every_task_is_one_processs_in_two(tmp_path):
+    """One launch runs all tasks, without batch norm where the task has none of its own."""
+    script = tmp_path / "tasks.py"
+    script.write_text(f"""
+import json, pathlib, torch
+from tests.conftest import make_images
+from training import backbone as B, launch, loop, proxies
+from training.files import read_lines
+from training.launch import Key
+from training.loop import Context
+from training.recipe import Model
+
+accelerator = launch.start("fp32", None, "{tmp_path}")
+place = pathlib.Path("{tmp_path}") / f"ranks_{{accelerator.num_processes}}"
+torch.manual_seed(1)
+teacher = place / f"teacher_{{accelerator.process_index}}"
+teacher.mkdir(parents=True)
+B.save(B.create(Model("test_vit"), 32), teacher, make_images(side=36, size=32))
+options = {{
+    "jigsaw": dict(grid=2, orders=6, hidden=8), "relative_location": dict(gap=0.0, hidden=8),
+    "npid": dict(negatives=6, dim=5), "simclr": dict(dim=5), "moco": dict(dim=5, queue=24), "byol": dict(dim=5),
+    "barlow_twins": dict(dim=5),
+    "distill": dict(teacher=f"local-dir:{{teacher}}", match="similarity", queue=24, teacher_temperature=0.1),
+}}
+told = {{}}
+for name in proxies.PROXIES:
+    network, size = ("test_convnext", 96) if name in ("jigsaw", "relative_location") else ("test_vit", 32)
+    images = make_images(side=size + 4, size=size)
+    fields = dict(batch_size=8, epochs=0.75, mlp_layers=0, mlp_dim=6, optimizer="sgd", lr=0.01, warmup=0.0)
+    proxy = proxies.settings(name, options=proxies.find(name).Options(**options.get(name, {{}})), **fields)
+    torch.manual_seed(0)
+    task = proxies.build(proxy, B.create(Model(network), size), images)
+    folder = place / name
+    folder.mkdir(exist_ok=True)
+    context = Context(accelerator, folder, launch.StopSignals(), 1, 1000)
+    loop.train(task, images, images.train, proxy, Key(0, "proxy"), context, "x")
+    for key, value in task.state_dict().items():
+        if key in ("queue", "bank", "place"):  # everybody holds the same
+            both = accelerator.gather(value.double().flatten().unsqueeze(0))
+            assert all(torch.equal(both[0], one) for one in both), (name, key)
+    if accelerator.is_main_process:
+        told[name] = [row["loss"] for row in read_lines(folder / "metrics.jsonl")]
+if accelerator.is_main_process:
+    (place / "losses.json").write_text(json.dumps(told))
+launch.end_processes()
+""")
+    for launcher in ([], ["-m", *TWO]):
+        done = subprocess.run(
+            [sys.executable, *launcher, script],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_json(tmp_path / f"ranks_{count}" / "losses.json") for count in (1, 2))
+    assert len(one) == 10
+    for name in one:
+        assert len(one[name]) == 3
+        if name != "byol":  # its predictor has a batch norm
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name

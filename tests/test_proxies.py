@@ -52,14 +52,23 @@ def test_rotation_is_learned(context):
     assert sum(row["accuracy"] for row in rows[:4]) / 4 < 0.5
 
 
-@pytest.mark.parametrize("name", proxies.PROXIES)
+@pytest.mark.parametrize("name", ["rotation", "jigsaw", "relative_location"])
 def test_the_first_nuisance_view_changes_nothing_and_all_differ(name):
-    batch = torch.rand(1, 3, 8, 8)
-    seen = [view(batch) for view in proxies.nuisance(proxies.settings(name))]
-    assert torch.equal(seen[0], batch)
-    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
-    turned = [view(batch) for view in proxies.residue(proxies.settings(name))]
-    assert all(not torch.equal(a, b) for i, a in enumerate(turned) for b in turned[:i])
+    batch = torch.rand(1, 3, 12, 12)
+    for found in (proxies.nuisance(proxies.settings(name)), proxies.residue(proxies.settings(name))):
+        seen = [view(batch) for view in found]
+        assert len(seen) >= 4
+        assert torch.equal(seen[0], batch)
+        assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize("name", sorted(set(proxies.PROXIES) - {"rotation", "jigsaw", "relative_location"}))
+def test_a_task_that_is_invariant_to_its_views_has_nothing_to_average_over(name):
+    proxy = proxies.settings(name)
+    assert proxies.nuisance(proxy) == proxies.residue(proxy) == ()
+    made = command.parse(["--data.path", "digits", "--proxy.name", name])
+    assert [clusters.averaging(made, number) for number in (1, 2)] == ["familiar", "familiar"]
+    assert made.proxy == proxies.settings(name)  # the command line has the published settings
 
 
 def test_rotations_of_every_side_are_asked_about_and_measured(tiny, context):

@@ -68,7 +68,7 @@ class NPID(Proxy):
             drawn = (batch.draws.uniform(self.options.negatives) * self.count).long().to(index.device)
             chosen = torch.cat([index.unsqueeze(1), drawn], 1)
             similar = torch.einsum("bd,bnd->bn", features, self.bank[chosen]) / self.options.temperature
-            first = self.count * similar.detach().exp().mean()
+            first = self.count * gather_rows(similar.detach().exp().mean().view(1)).mean()
             constant = torch.where(self.constant > 0, self.constant, first)
             loss = nce(similar, constant, self.count)
             right = (similar.detach().argmax(1) == 0).float().mean()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import recipe, views
 from ..images import Images
-from ..task import Batch, accuracy
+from ..task import Batch, accuracy, full
 from .proxy import Proxy
 
 
@@ -49,5 +49,5 @@ class Rotation(Proxy):
         quarters = batch.draws.integers(4)
         logits = self.head(self.embed(views.turn(images, quarters)))
         quarters = quarters.to(logits.device)
-        loss = F.cross_entropy(logits.float(), quarters)
+        loss = F.cross_entropy(full(logits), quarters)
         return {"loss": loss, "accuracy": accuracy(logits.detach(), quarters)}
