@@ -95,7 +95,7 @@ def test_it_says_what_the_model_started_from():
     own = card.what(made, [], "sslpp")
     assert "/home/me" not in own + card.portable(made)
     assert "name: local-dir:FOLDER" in card.portable(made)
-    assert "from random weights, by rotation prediction, without labels, then from clusters" in own
+    assert "from random weights, by the proxy task rotation, without labels, then from clusters" in own
     lent = card.what(command.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
     assert "from the weights of resnet50, whatever these were trained on, then from clusters" in lent
 

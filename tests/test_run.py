@@ -411,5 +411,5 @@ def test_processes_meet_as_often_however_late_they_look_for_a_shared_phase(late,
 
     main_process()
     this = SimpleNamespace(shared=shared, main=False, accelerator=SimpleNamespace(wait_for_everyone=wait))
-    assert R.done(this, marker, read)
+    R.once(this, marker, read, lambda: pytest.fail("done again"))
     assert len(met) == 2

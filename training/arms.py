@@ -58,22 +58,46 @@ def lengthen(schedule: Schedule, images: float, counts: Counts) -> None:
     schedule.epochs = round(images / views / schedule.batch_size) / (counts.training // schedule.batch_size)
 
 
+Change = Callable[[Recipe, Counts], None]
+ARMS: dict[str, Change] = {}  # in the order in which they are run and shown
+COLOURS: dict[str, str] = {}
+
+
+def arm(colour: str) -> Callable[[Change], Change]:
+    """Enter an arm under its function's name, with its colour in figures."""
+
+    def enter(change: Change) -> Change:
+        ARMS[change.__name__], COLOURS[change.__name__] = change, colour
+        return change
+
+    return enter
+
+
+def title(arm: str) -> str:
+    """What an arm is, in a line."""
+    return ARMS[arm].__doc__.splitlines()[0].rstrip(".")
+
+
+@arm("#8c8c8c")
 def random(recipe: Recipe, counts: Counts) -> None:
     """The untrained network, its batch norms' statistics estimated."""
     recipe.model.pretrained, recipe.proxy.epochs, recipe.relearn.rounds = False, 0.0, 0
 
 
+@arm("#8fb8de")
 def proxy_short(recipe: Recipe, counts: Counts) -> None:
     """Phase 1 as SSL++ uses it."""
     recipe.relearn.rounds = 0
 
 
+@arm("#3b75af")
 def proxy(recipe: Recipe, counts: Counts) -> None:
     """The proxy task given the whole budget."""
     lengthen(recipe.proxy, budget(recipe, counts), counts)
     recipe.relearn.rounds = 0
 
 
+@arm("#1f4e79")
 def other_proxy(recipe: Recipe, counts: Counts) -> None:
     """Another proxy task from the same start, given the whole budget."""
     whole, same = budget(recipe, counts), {"batch_size": recipe.proxy.batch_size}
@@ -82,6 +106,7 @@ def other_proxy(recipe: Recipe, counts: Counts) -> None:
     recipe.relearn.rounds = 0
 
 
+@arm("#845b53")
 def clusterfit(recipe: Recipe, counts: Counts) -> None:
     """Yan et al. 2020: last stage, no whitening, no averaging, one k, a linear head, every layer from random."""
     whole = budget(recipe, counts)
@@ -93,30 +118,36 @@ def clusterfit(recipe: Recipe, counts: Counts) -> None:
     lengthen(relearn, whole - images_of(recipe.proxy, counts) - clustering_images(recipe, counts, 1), counts)
 
 
+@arm("#c03d3e")
 def scratch(recipe: Recipe, counts: Counts) -> None:
     """sslpp's labels, head and views; every layer from random."""
     recipe.relearn.reinit, recipe.relearn.settle, recipe.relearn.low_lr = "all", 0.0, 1.0
 
 
+@arm("#3a923a")
 def finetune_all(recipe: Recipe, counts: Counts) -> None:
     """sslpp's labels, head and views; nothing re-initialised, one learning rate, the head alone while sslpp settles."""
     recipe.relearn.reinit, recipe.relearn.split, recipe.relearn.low_lr = "none", -1, 1.0
 
 
+@arm("#2ab7ca")
 def keep_high(recipe: Recipe, counts: Counts) -> None:
     """Exactly sslpp, but the high part continues from the proxy: tests re-initialising alone."""
     recipe.relearn.reinit = "none"
 
 
+@arm("#b8a1cf")
 def random_features(recipe: Recipe, counts: Counts) -> None:
     """Exactly sslpp, but the labels come from the untrained network: what strong views and stable labels give."""
     recipe.clusters.source = "random"
 
 
+@arm("#e1812c")
 def sslpp(recipe: Recipe, counts: Counts) -> None:
     """The method."""
 
 
+@arm("#333333")
 def supervised(recipe: Recipe, counts: Counts) -> None:
     """True labels, strong views, the whole budget, every layer from random: the ceiling."""
     whole = budget(recipe, counts)
@@ -126,22 +157,6 @@ def supervised(recipe: Recipe, counts: Counts) -> None:
     lengthen(relearn, whole, counts)
 
 
-ARMS: dict[str, Callable[[Recipe, Counts], None]] = {
-    arm.__name__: arm
-    for arm in (
-        random,
-        proxy_short,
-        proxy,
-        other_proxy,
-        clusterfit,
-        scratch,
-        finetune_all,
-        keep_high,
-        random_features,
-        sslpp,
-        supervised,
-    )
-}
 UNTUNED = ("random", "proxy_short")  # nothing of theirs has a learning rate of its own
 
 

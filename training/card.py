@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from . import arms as A
-from . import contrast, report
+from . import contrast, proxies, report
 from .command import short_name
 from .recipe import Recipe, to_yaml
 
@@ -103,7 +103,7 @@ def what(recipe: Recipe, records: report.Records, arm: str) -> str:
     origin = f"the weights of {name}, whatever these were trained on" if recipe.model.pretrained else "random weights"
     steps = [f"from {origin}"]
     if recipe.proxy.epochs:
-        steps.append(f"by {recipe.proxy.name} prediction, without labels")
+        steps.append(f"by the proxy task {recipe.proxy.name}, without labels")
     if relearn.rounds:
         labels = "the true labels" if recipe.clusters.source == "labels" else "clusters of features, without labels"
         kept = {
@@ -149,10 +149,17 @@ accelerate launch -m training.finetune hf-hub:{REPOSITORY} --data.path DATA
 def protocols(recipe: Recipe) -> str:
     """What the figures are."""
     held = f"a held-out {recipe.data.held_out:.0%} of the training images"
+    asked = proxies.find(recipe.proxy.name).specific
+    residue = (
+        f"""*residue*: a linear probe
+that reads {asked}, where less means that less of the proxy task is left; """
+        if asked
+        else ""
+    )
     return f"""All on frozen features, means over positions. *linear*: logistic regression to convergence, its
-regularisation chosen on {held}; *nearest neighbours*: cosine-weighted votes (Wu et al. 2018); *residue*: a linear probe
-that reads the proxy's own label, where less means that less of the proxy task is left; *RankMe*: effective rank of the
-features. `random` is the untrained network, `proxy_short` the backbone that relearning started from."""
+regularisation chosen on {held}; *nearest neighbours*: cosine-weighted votes (Wu et al. 2018); {residue}*RankMe*:
+effective rank of the features. `random` is the untrained network, `proxy_short` the backbone that relearning started
+from."""
 
 
 def comparison(records: report.Records) -> list[str]:
@@ -161,7 +168,7 @@ def comparison(records: report.Records) -> list[str]:
         return []
     tables = contrast.tables(records)
     arms, seeds = contrast.arms_and_seeds(contrast.final(records))
-    told = [f"`{arm}`: {A.ARMS[arm].__doc__.splitlines()[0].rstrip('.')}." for arm in arms if arm in A.ARMS]
+    told = [f"`{arm}`: {A.title(arm)}." for arm in arms if arm in A.ARMS]
     words = f"""### Beside its controls
 
 Seeds {", ".join(map(str, seeds))}; columns tell what each arm has seen and cost. Differences are sslpp minus the arm;

@@ -24,7 +24,7 @@ from .command import Parser, from_values, guarded, parser
 from .files import Diverged, Refused, lock_folder, nothing_left, whole_folder, write_text
 from .loop import Context
 from .recipe import Recipe, to_yaml
-from .run import run, run_arm
+from .run import run
 
 GRID_SEED = 0
 GRID = (0.25, 1.0, 4.0)
@@ -110,7 +110,7 @@ class Comparison:
         made = self.recipe_of(folder, arm, seed, lr, variant)
         made.evaluate.test = made.evaluate.test and test
         self.context.say(f"-- {arm}, seed {seed}, {setting(lr, variant)}")
-        run_arm(made, self.context.stop, arm, self.folder / f"seed_{seed}" / "shared", self.read)
+        run(made, self.context.stop, self.read, arm, self.folder / f"seed_{seed}" / "shared")
         return [r for r in records.read(folder / "records.jsonl") if r["arm"] == arm]
 
     def tried(self, arm: str, lr: float, variant: str | None) -> float:
@@ -175,7 +175,7 @@ def compare(
         counts = A.Counts(len(train.train), len(train.all), seen, other)
         for arm in arms:
             try:
-                setup.refuse(A.build(arm, recipe, counts), train, accelerator.num_processes)
+                setup.refuse(A.build(arm, recipe, counts), train, network, accelerator.num_processes)
             except Refused as error:
                 raise Refused(f"arm {arm}: {error}") from error
     setup.tell(context, train, network)
@@ -201,7 +201,7 @@ def compare(
     text = contrast.write(folder) if context.main else ""
     if "sslpp" in arms:  # whose backbone is worth having: with a report and hub/ of its own
         place = folder / f"seed_{seeds[0]}" / "sslpp"
-        run(this.recipe_of(place, "sslpp", seeds[0], *this.choose("sslpp")), stop, read, folder)
+        run(this.recipe_of(place, "sslpp", seeds[0], *this.choose("sslpp")), stop, read, comparison=folder)
     context.say(text)
     if lock:
         lock.close()

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from .arms import COLOURS
 from .files import read_lines, whole_file
 from .images import Images
 from .views import as_float, resized_crop
@@ -16,19 +17,6 @@ from .views import as_float, resized_crop
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {
-    "random": "#8c8c8c",
-    "proxy_short": "#8fb8de",
-    "proxy": "#3b75af",
-    "other_proxy": "#1f4e79",
-    "clusterfit": "#845b53",
-    "scratch": "#c03d3e",
-    "finetune_all": "#3a923a",
-    "keep_high": "#2ab7ca",
-    "random_features": "#b8a1cf",
-    "sslpp": "#e1812c",
-    "supervised": "#333333",
-}
 NO_CURVES = ("phase", "round", "step", "images", "images_per_second", "lr")
 TILE = 64  # px of an image in a sheet
 PANELS = (

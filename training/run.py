@@ -2,8 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,53 +27,43 @@ def run(
     recipe: Recipe,
     stop: StopSignals,
     read: Read | None = None,
+    arm: str = "sslpp",
+    shared: Path | None = None,
     comparison: Path | None = None,
 ) -> Path:
-    """Do everything of a recipe that is not done yet, and report it.
+    """Do everything of a recipe that is not done yet.
+
+    By itself, a run is measured at its start and after each phase, and has a report and hub/. An arm of a comparison,
+    which has `shared`, is measured at its end alone.
 
     Args:
         recipe: what to do.
         stop: requests to end.
         read: the images, where they are read already.
-        comparison: folder of the comparison that this run is an arm of, for its card.
+        arm: what the result is called in records.
+        shared: where phases lie that arms of a comparison have in common.
+        comparison: folder of the comparison that this run is the result of, for its card.
 
     Returns:
         The run folder.
     """
-    this = prepare(recipe, stop, read=read)
-    measure(this, "random", [])
+    this = prepare(recipe, stop, arm, shared, read)
+    if shared is None:
+        measure(this, "random", [])
     folders = [phase_proxy(this)]
-    measure(this, "proxy_short", folders)
+    if shared is None:
+        measure(this, "proxy_short", folders)
     for number in range(1, this.recipe.relearn.rounds + 1):
-        folders.append(one_round(this, folders[-1], number))
-        measure(this, this.arm, folders)
-    finish(this, folders, comparison)
+        phase_clusters(this, folders[-1], number)
+        folders.append(phase_relearn(this, folders[-1], number))
+        if shared is None:
+            measure(this, arm, folders)
+    if shared is None:
+        finish(this, folders, comparison)
+    else:
+        measure(this, arm, folders)
     this.close()
     return this.folder
-
-
-def run_arm(recipe: Recipe, stop: StopSignals, arm: str, shared: Path, read: Read) -> None:
-    """Do the phases of one arm of a comparison, and measure its last backbone.
-
-    Args:
-        recipe: the arm's.
-        stop: requests to end.
-        arm: what the result is called in records.
-        shared: where phases lie that arms have in common.
-        read: the images.
-    """
-    this = prepare(recipe, stop, arm, shared, read)
-    folders = [phase_proxy(this)]
-    for number in range(1, this.recipe.relearn.rounds + 1):
-        folders.append(one_round(this, folders[-1], number))
-    measure(this, arm, folders)
-    this.close()
-
-
-def one_round(this: Run, source: Path, number: int) -> Path:
-    """Phases 2 and 3 over the backbone in `source`; the folder of the relearned one."""
-    phase_clusters(this, source, number)
-    return phase_relearn(this, source, number)
 
 
 # What is done once
@@ -88,11 +77,18 @@ def reads(this: Run, phase: str, **inputs: Path) -> dict[str, Any]:
     return {**phase_fields(this.recipe, phase), "images": this.train.fingerprint, "white": this.train.white, **files}
 
 
-def done(this: Run, marker: Path, read: dict[str, Any]) -> bool:
-    """Whether a phase was finished before, from the same fields and inputs, here or by another arm.
+def once(this: Run, marker: Path, read: dict[str, Any], do: Callable[[], dict[str, Any] | None]) -> None:
+    """Do a phase, unless it was done before from the same fields and inputs, here or by another arm.
+
+    Args:
+        this: the run.
+        marker: written last; says what the phase read, what it wrote and cost, and what `do` tells.
+        read: what the result depends on.
+        do: the phase.
 
     Raises:
-        Refused: it was finished from others.
+        Refused: it was done from other fields or inputs.
+        Failed: what it wrote is no longer there as it was.
     """
     lent = lending(this, marker, read)
     ours = marker.exists()
@@ -108,7 +104,18 @@ def done(this: Run, marker: Path, read: dict[str, Any]) -> bool:
     if ours or theirs:
         refuse_other(marker, read)
         check_written(marker)
-    return ours or theirs
+        return
+    this.context.budget = {"images": 0.0, "flops": 0.0, "seconds": 0.0}
+    told = do() or {}
+    if this.main:
+        device = records.device_name(this.accelerator.device.type)
+        made = written(marker.parent, [name for name in MAKES[marker.stem] if (marker.parent / name).exists()])
+        write_json(marker, {"read": read, "wrote": made, "budget": this.context.budget, "device": device, **told})
+        if lent:
+            with whole_folder(lent) as beside:
+                for file in marker.parent.iterdir():
+                    shutil.copy(file, beside)
+    this.accelerator.wait_for_everyone()
 
 
 def lending(this: Run, marker: Path, read: dict[str, Any]) -> Path | None:
@@ -116,23 +123,6 @@ def lending(this: Run, marker: Path, read: dict[str, Any]) -> Path | None:
     if this.shared is None or marker.stem == "relearn":
         return None
     return this.shared / f"{marker.stem}_{sha256_json(read)[:12]}"
-
-
-@contextmanager
-def phase(this: Run, marker: Path, read: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Do a phase: its marker, written last, says what it read, what it cost, and what the block tells."""
-    this.context.budget = {"images": 0.0, "flops": 0.0, "seconds": 0.0}
-    told: dict[str, Any] = {}
-    yield told
-    if this.main:
-        device = records.device_name(this.accelerator.device.type)
-        made = written(marker.parent, [name for name in MAKES[marker.stem] if (marker.parent / name).exists()])
-        write_json(marker, {"read": read, "wrote": made, "budget": this.context.budget, "device": device, **told})
-        if lent := lending(this, marker, read):
-            with whole_folder(lent) as beside:
-                for file in marker.parent.iterdir():
-                    shutil.copy(file, beside)
-    this.accelerator.wait_for_everyone()
 
 
 def keep(this: Run, network: nn.Module, folder: Path) -> None:
@@ -153,9 +143,8 @@ def phase_proxy(this: Run) -> Path:
     """Phase 1: proxy/, a backbone trained on the proxy task."""
     folder, settings, key = this.folder / "proxy", this.recipe.proxy, this.key("proxy")
     read = reads(this, "proxy")
-    if done(this, folder / "proxy.json", read):
-        return folder
-    with phase(this, folder / "proxy.json", read):
+
+    def learn() -> None:
         seed_all(key.number("weights"))
         network = B.create(this.recipe.model, this.recipe.data.size)
         if settings.epochs:
@@ -166,60 +155,56 @@ def phase_proxy(this: Run) -> Path:
         elif not this.recipe.model.pretrained:
             network = this.untrained()
         keep(this, network, folder)
+
+    once(this, folder / "proxy.json", read, learn)
     return folder
 
 
-def phase_clusters(this: Run, source: Path, number: int) -> Path:
+def phase_clusters(this: Run, source: Path, number: int) -> None:
     """Phase 2: labels.parquet in round_N/, from the features of the backbone in `source`."""
     folder, settings = this.folder / f"round_{number}", this.recipe.clusters
     over = clusters.averaging(this.recipe, number)
     read = {**reads(this, "clusters", backbone=source / "model.safetensors"), "views": over}
     if settings.source == "labels":
         read["labels"] = classes_fingerprint(this.train)
-    if done(this, folder / "clusters.json", read):
-        return folder
-    with phase(this, folder / "clusters.json", read) as told:
+
+    def cluster() -> dict[str, Any]:
         began = time.perf_counter()
         folder.mkdir(exist_ok=True)
         if settings.source == "labels":
             clusters.from_classes(this.train, this.context, folder)
-        else:
-            network = this.untrained() if settings.source == "random" else this.on_device(B.load(source))
-            told["clusterings"] = clusters.cluster(
-                network,
-                this.train,
-                settings,
-                clusters.views_of(this.recipe, number),
-                this.key("clusters", number),
-                this.context,
-                this.recipe.evaluate.batch_size,
-                folder,
-            )
+            return {}
+        network = this.untrained() if settings.source == "random" else this.on_device(B.load(source))
+        views, key = clusters.views_of(this.recipe, number), this.key("clusters", number)
+        told = clusters.cluster(
+            network, this.train, settings, views, key, this.context, this.recipe.evaluate.batch_size, folder
+        )
         this.context.spend(0, 0, time.perf_counter() - began)
-    return folder
+        return {"clusterings": told}
+
+    once(this, folder / "clusters.json", read, cluster)
 
 
 def phase_relearn(this: Run, source: Path, number: int) -> Path:
     """Phase 3: the backbone of round_N/, its high part learned from that round's pseudo-labels."""
-    folder = this.folder / f"round_{number}"
+    folder, settings = this.folder / f"round_{number}", this.recipe.relearn
     read = reads(this, "relearn", backbone=source / "model.safetensors", labels=folder / "labels.parquet")
-    if done(this, folder / "relearn.json", read):
-        return folder
-    with phase(this, folder / "relearn.json", read):
-        labels, classes = clusters.read_labels(folder / "labels.parquet", this.recipe.relearn.drop)
+
+    def learn() -> None:
         network = relearn(
             this.on_device(B.load(source)),
             this.recipe.model,
-            this.recipe.relearn,
-            labels,
-            classes,
+            settings,
+            *clusters.read_labels(folder / "labels.parquet", settings.drop),
             this.train,
             this.key("relearn", number),
             this.context,
             sha256_json(read),
-            lambda task, count: watch(this, this.recipe.relearn, task, count),
+            lambda task, count: watch(this, settings, task, count),
         )
         keep(this, network, folder)
+
+    once(this, folder / "relearn.json", read, learn)
     return folder
 
 

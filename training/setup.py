@@ -113,7 +113,7 @@ def prepare(
     with nothing_left(folder):
         lock = lock_folder(folder) if context.main else None
         (train, test), transfer = read or load_images(recipe, network, context)
-        refuse(recipe, train, accelerator.num_processes)
+        refuse(recipe, train, network, accelerator.num_processes)
         if context.main:
             _remember(recipe, folder, train, test)
     run = Run(recipe, arm, folder, context, train, test, transfer, lock, shared)
@@ -261,8 +261,8 @@ def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) 
     images.write_bad(folder, [*train.bad, *(test.bad if test else ())])
 
 
-def refuse(recipe: Recipe, train: Images, processes: int) -> None:
-    """Refuse what the images or the number of processes make impossible.
+def refuse(recipe: Recipe, train: Images, network: nn.Module, processes: int) -> None:
+    """Refuse what the images, the network or the number of processes make impossible.
 
     Raises:
         Refused: naming the field.
@@ -275,6 +275,7 @@ def refuse(recipe: Recipe, train: Images, processes: int) -> None:
         check_fits(recipe.relearn, len(train.train), processes, "relearn.")
     if recipe.proxy.epochs:
         check_fits(recipe.proxy, len(train.train), processes, "proxy.")
+        proxies.build(recipe.proxy, copy.deepcopy(network), train)
 
 
 def check_split(data: Data, images: Images) -> None:
