@@ -241,22 +241,22 @@ def test_moco(images, teacher, context):
         q = F.normalize(embedded(task, query), dim=0)
         with torch.no_grad():
             keys.append(F.normalize(task.keys.module(normal(task, key))[0], dim=0))
-        logits = [q @ k / task.temperature for k in (keys[-1], *task.queue)]
+        logits = [q @ k / task.temperature for k in (keys[-1], *task.queue.rows)]
         total = total - (logits[0] - logsumexp(logits))
     same(task, got, total / 8, [task.head.weight, first(task)])
     assert not [p for p in task.keys.parameters() if p.requires_grad]
     # after the step: the average has moved, and the queue has the keys in place of its oldest
-    before, old = task.queue.clone(), task.keys.module[2].weight.clone()
+    before, old = task.queue.rows.clone(), task.keys.module[2].weight.clone()
     with torch.no_grad():
         task.head.weight.add_(1)
     task.after_step(1, 10)
     assert torch.allclose(task.keys.module[2].weight, 0.9 * old + 0.1 * task.head.weight)
-    assert torch.allclose(task.queue[:8], torch.stack(keys))
-    assert torch.equal(task.queue[8:], before[8:])
+    assert torch.allclose(task.queue.rows[:8], torch.stack(keys))
+    assert torch.equal(task.queue.rows[8:], before[8:])
     for _ in range(3):
         task(draw(images, context))
         task.after_step(1, 10)
-    assert int(task.place) == 8  # 32 of 24 places: round once
+    assert int(task.queue.place) == 8  # 32 of 24 places: round once
 
 
 def test_byol(images, teacher, context):
@@ -365,8 +365,8 @@ def test_distill(match, images, teacher, context):
         if match == "cosine":
             total = total + 1 - s @ t
             continue
-        target = torch.stack([t @ key / 0.01 for key in (t, *task.queue)]).softmax(0)
-        logs = torch.stack([s @ key / 0.2 for key in (t, *task.queue)]).log_softmax(0)
+        target = torch.stack([t @ key / 0.01 for key in (t, *task.queue.rows)]).softmax(0)
+        logs = torch.stack([s @ key / 0.2 for key in (t, *task.queue.rows)]).log_softmax(0)
         total = total - (target * logs).sum()
     same(task, got, total / 8, [task.head.weight, first(task)])
     assert not [name for name in task.state_dict() if "teacher" in name]

@@ -17,11 +17,10 @@ from .. import backbone as B
 from .. import recipe, views
 from ..files import Refused
 from ..images import Images
-from ..launch import gather_rows
 from ..operations import forward_flops
 from ..recipe import Model, Views
 from ..task import Batch, full, pooled_size
-from .proxy import Proxy
+from .proxy import Proxy, Queue
 
 
 class Distill(Proxy):
@@ -61,8 +60,7 @@ class Distill(Proxy):
         dim = pooled_size(teacher, self.teacher_size)
         self.head, self.options = nn.Linear(self.width, dim), options
         if options.match == "similarity":
-            self.register_buffer("queue", F.normalize(torch.randn(options.queue, dim), dim=1))
-            self.register_buffer("place", torch.zeros((), dtype=torch.long))
+            self.queue = Queue(options.queue, dim)
         self.made: list[Tensor] = []
 
     def __deepcopy__(self, memo: dict) -> "Distill":
@@ -89,16 +87,13 @@ class Distill(Proxy):
         if self.options.match == "cosine":
             return {"loss": (1 - cosine).mean(), "cosine": cosine.detach().mean()}
         self.made.append(teacher)
-        loss = similarity(student, teacher, self.queue, self.options.temperature, self.options.teacher_temperature)
+        loss = similarity(student, teacher, self.queue.rows, self.options.temperature, self.options.teacher_temperature)
         return {"loss": loss, "cosine": cosine.detach().mean()}
 
     def after_step(self, step: int, total: int) -> None:
         super().after_step(step, total)
         if self.made:
-            rows = gather_rows(torch.cat(self.made))[: len(self.queue)]
-            places = (self.place + torch.arange(len(rows), device=rows.device)) % len(self.queue)
-            self.queue[places] = rows
-            self.place.copy_((self.place + len(rows)) % len(self.queue))
+            self.queue.push(torch.cat(self.made))
             self.made = []
 
 

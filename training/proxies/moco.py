@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from .. import recipe
 from ..images import Images
-from ..launch import gather_rows
 from ..recipe import BelowOne
 from ..task import Batch, full
-from .proxy import Proxy
+from .proxy import Proxy, Queue
 from .simclr import strong_views
 
 
@@ -54,8 +53,7 @@ class MoCo(Proxy):
         self.temperature, self.head = options.temperature, nn.Linear(self.width, options.dim)
         self.keys = ModelEmaV3(self._encoder(), decay=options.momentum, exclude_buffers=True)
         self.keys.requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(options.queue, options.dim), dim=1))
-        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+        self.queue = Queue(options.queue, options.dim)
         self.made: list[Tensor] = []
 
     def _encoder(self) -> nn.Module:
@@ -77,15 +75,12 @@ class MoCo(Proxy):
             keys = F.normalize(full(self.keys.module(image)), dim=1)
         self.made.append(keys)
         positive = (queries * keys).sum(1, keepdim=True)
-        logits = torch.cat([positive, queries @ self.queue.T], 1) / self.temperature
+        logits = torch.cat([positive, queries @ self.queue.rows.T], 1) / self.temperature
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         return {"loss": F.cross_entropy(logits, target), "accuracy": (logits.detach().argmax(1) == 0).float().mean()}
 
     def after_step(self, step: int, total: int) -> None:
         super().after_step(step, total)
         self.keys.update(self._encoder())
-        keys = gather_rows(torch.cat(self.made))[: len(self.queue)]  # everybody's, so that all queues are the same
+        self.queue.push(torch.cat(self.made))
         self.made = []
-        places = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[places] = keys
-        self.place.copy_((self.place + len(keys)) % len(self.queue))

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .. import recipe
 from ..images import Images
+from ..launch import gather_rows
 from ..task import BackboneTask
 from ..views import View
 
@@ -47,3 +50,24 @@ class Proxy(BackboneTask):
     def seen(options: Any, backbone: nn.Module, size: int) -> float:
         """Views of an image that a step passes forward and backward; a forward pass alone counts a third."""
         return 1.0
+
+
+class Queue(nn.Module):
+    """The newest unit rows of all processes, which hold the same; random ones at first.
+
+    Args:
+        count: rows that are remembered.
+        dim: width of a row.
+    """
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(count, dim), dim=1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+    def push(self, rows: Tensor) -> None:
+        """Replace the oldest rows by these, of every process."""
+        rows = gather_rows(rows)[: len(self.rows)]
+        places = (self.place + torch.arange(len(rows), device=rows.device)) % len(self.rows)
+        self.rows[places] = rows
+        self.place.copy_((self.place + len(rows)) % len(self.rows))
