@@ -234,6 +234,13 @@ def test_metadata_gives_labels_and_what_it_does_not_list_stays(tmp_path):
     )
 
 
+def test_more_than_one_class_for_an_image_is_refused(tmp_path):
+    labelled_flat(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "00.png", "label": ["a", "b"]}\n')
+    with pytest.raises(Refused, match="more than one class"):
+        read(tmp_path)
+
+
 def test_metadata_comes_before_folders_where_it_has_the_column_and_else_not(tmp_path):
     tree(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
     rows = [{"file_name": f"{c}/0{i}.png", "label": "ab"[c == "a"], "size": i} for c in "ab" for i in range(2)]
@@ -277,13 +284,14 @@ def test_a_table_gives_labels(form, tmp_path):
         ("file_name,label\nzzz.png,a\n", "none of the 1 files"),
         ("file_name,label\n00.png,a\n00.png,b\n", "two labels"),
         ("a,b,c\n1,2,3\n", "has the columns a, b, c"),
+        ("file,label\n00.png,a,b\n", "a row has more cells"),
         ("", "no rows"),
     ],
 )
 def test_a_table_that_tells_nothing_is_refused(text, said, tmp_path):
     root = labelled_flat(tmp_path / "data")
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(Refused, match=f"data.labels: .*{said}"):
+    with pytest.raises(Refused, match=said):
         read(root, labels=str(tmp_path / "t.csv"))
 
 

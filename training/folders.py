@@ -371,7 +371,10 @@ def _rows(file: str) -> Rows:
                 raise ValueError("a line is no JSON object")
             return rows
         head = text.split("\n", 1)[0]
-        return list(csv.DictReader(_lines(text), delimiter=max(",;\t", key=head.count), strict=True))
+        rows = list(csv.DictReader(_lines(text), delimiter=max(",;\t", key=head.count), strict=True))
+        if any(None in row for row in rows):
+            raise ValueError("a row has more cells than the first one names")
+        return rows
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise Refused(f"{escape(file)} cannot be read as a table: {' '.join(str(error).split())}.") from error
 
@@ -388,5 +391,7 @@ def _label_column(columns: Iterable[str], asked: str | None) -> str | None:
 
 def _label(value: Any) -> str | None:
     """An entry of a table's column of labels; None for one that says that there is none."""
+    if isinstance(value, list | dict):
+        raise Refused(f"data.label_column: {value} is more than one class for an image.")
     text = "" if value is None else str(value)
     return None if text in ("", "nan") or re.fullmatch(r"-\d+(\.0*)?", text) else text

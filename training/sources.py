@@ -209,7 +209,8 @@ def _load(given: str, data: Data) -> tuple[dict[str, datasets.Dataset], Path | N
             found = datasets.load_dataset(str(path) if path.exists() else given, data.name)
             return found, None if path.exists() else Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()
     except Exception as error:  # datasets raises nearly every type, also for what a user mistyped
-        raise Refused(f"data.path: {escape(given)} cannot be read as a data set: {_reasons(error)}") from error
+        where = "" if path.exists() else " of the Hub, and no such file or folder is here"
+        raise Refused(f"data.path: {escape(given)} cannot be read as a data set{where}: {_reasons(error)}") from error
 
 
 def _reasons(error: BaseException | None) -> str:
