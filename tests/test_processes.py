@@ -158,6 +158,14 @@ from training.loop import Context
 from training.recipe import Model
 
 accelerator = launch.start("fp32", None, "{tmp_path}")
+prepare = accelerator.prepare
+
+def spy(*parts):
+    model, optimizer = prepare(*parts)
+    assert not getattr(model, "broadcast_buffers", False)  # queues and banks are not sent at each step
+    return model, optimizer
+
+accelerator.prepare = spy
 place = pathlib.Path("{tmp_path}") / f"ranks_{{accelerator.num_processes}}"
 torch.manual_seed(1)
 teacher = place / f"teacher_{{accelerator.process_index}}"
