@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from tests.conftest import TINY_RUN, call, write_png
 from training import folders as F
 from training import images as I
-from training import records
+from training import records, report
 from training.__main__ import main
 from training.files import Refused, read_json
 from training.recipe import Data
@@ -110,6 +110,14 @@ def test_splits_and_classes(spec, options, train, test, tmp_path):
 def test_what_cannot_be_told_is_refused(spec, options, said, tmp_path):
     with pytest.raises(Refused, match=said):
         read(tree(tmp_path, spec), **options)
+
+
+def test_files_of_a_split_that_is_not_used_are_counted_too(tmp_path):
+    tree(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 3})
+    (tmp_path / "test" / "notes.txt").write_text("no image")
+    found, _ = read(tmp_path, test_split="none")
+    assert found.account["test"] == {"use": "not used", "images": 3, "left_aside": 1}
+    assert report.splits_line(found.account) == "train: training (4 read); test: not used (3 images, 1 no images)"
 
 
 def test_a_name_of_a_split_inside_a_file_name_means_nothing(tmp_path):

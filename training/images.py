@@ -115,7 +115,7 @@ def load_splits(
     train = load(data, {name: found[name] for name in names}, folder, in_file=in_file)
     test = load(data, {use.test: found[use.test]}, folder, train, in_file) if use.test else None
     read = train.account | (test.account if test else {})
-    unread = {name: {"images": len(source), "left_aside": dict(source.left_aside)} for name, source in found.items()}
+    unread = {name: {"images": len(source), "left_aside": source.left_aside.total()} for name, source in found.items()}
     account = {name: {"use": use.of(name), **read.get(name, unread[name])} for name in use.names}
     if beside:
         account["beside the splits"] = {"use": "not used", "left_aside": beside}
@@ -207,7 +207,7 @@ def _account(
     for number, (name, source) in enumerate(splits.items()):
         drawn = sum(split == number for split, _ in rows)
         worse = sum(split == name for split, _, _ in bad)
-        aside = sum(source.left_aside.values())
+        aside = source.left_aside.total()
         account[name] = {
             "found": len(source) - source.missing + aside,
             "missing": source.missing,

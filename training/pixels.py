@@ -237,10 +237,9 @@ class Pixels:
 
     def squares(self, indices: Tensor) -> Tensor:
         """Centre squares, [B, 3, S, S] with the first sides[i] rows and columns filled."""
-        sides = self.sides[indices]
-        return self._gather(
-            indices, sides, sides, (self.heights[indices] - sides) // 2, (self.widths[indices] - sides) // 2
-        )
+        heights, widths = self.heights[indices], self.widths[indices]
+        sides = torch.minimum(heights, widths)
+        return self._gather(indices, sides, sides, (heights - sides) // 2, (widths - sides) // 2)
 
     def windows(self, indices: Tensor, place: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """Whole pictures, [B, 3, H, W], and how much of that each fills, [B, 2] int64 height and width.
@@ -249,7 +248,7 @@ class Pixels:
         [0, 1), of the way along; so that one panorama does not make the batch as long as itself.
         """
         heights, widths = self.heights[indices], self.widths[indices]
-        most = LONGEST * self.sides[indices]
+        most = LONGEST * torch.minimum(heights, widths)
         high, wide = torch.minimum(heights, most), torch.minimum(widths, most)
         top = left = torch.zeros_like(high)
         if bool(((heights > high) | (widths > wide)).any()):

@@ -86,10 +86,14 @@ class Data:
         return 0.1 if self.val_fraction is None else self.val_fraction
 
     @property
+    def paths(self) -> list[str]:
+        """Where the data are, each place by itself."""
+        return [self.path] if isinstance(self.path, str) else self.path or []
+
+    @property
     def called(self) -> str:
         """What to call the data: the last part of where they are."""
-        paths = [self.path] if isinstance(self.path, str) else self.path or []
-        return "+".join(Path(path).name for path in paths)
+        return "+".join(Path(path).name for path in self.paths)
 
 
 @dataclass

@@ -232,9 +232,8 @@ def load_for(network: nn.Module, data: Data, context: Context, own_crop: bool = 
 def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) -> None:
     """Write data.json and bad_images.txt; refuse a run folder of other data, so that labels never slip by one."""
     path, data = folder / "data.json", recipe.data
-    paths = [data.path] if isinstance(data.path, str) else data.path
     told = {
-        "path": list(map(escape, paths)),
+        "path": list(map(escape, data.paths)),
         "splits": train.account,
         "images": len(train),
         "fingerprint": train.fingerprint,

@@ -82,11 +82,11 @@ def read(data: Data) -> tuple[dict[str, Source], int]:
         Refused: the data cannot be read.
         Failed: something that is no fault of the data's keeps them from being read.
     """
-    paths = [data.path] if isinstance(data.path, str) else list(data.path)
-    if len(paths) == 1 and paths[0] == "digits":
+    paths = data.paths
+    if paths == ["digits"]:
         return {name: _table(rows, data, None) for name, rows in _digits().items()}, 0
     found = [_folder(path) for path in paths]
-    if any(found) and not all(found):
+    if len(paths) > 1 and not all(found):
         raise Refused("data.path: several are united only if each is a folder of images.")
     if all(found):
         for name in ("name", "image_column"):
@@ -94,8 +94,6 @@ def read(data: Data) -> tuple[dict[str, Source], int]:
                 raise Refused(f"data.{name}: this is for data sets, and {escape(paths[0])} is a folder of images.")
         roots, trees = zip(*found, strict=True)
         return folders.read(list(roots), list(trees), data)
-    if len(paths) > 1:
-        raise Refused("data.path: several are united only if each is a folder of images.")
     for name, value in (("labels", data.labels), ("splits", None if data.splits == "auto" else data.splits)):
         if value:
             raise Refused(f"data.{name}: this is for folders of images, and {paths[0]} is none.")
@@ -117,14 +115,13 @@ def _folder(given: str) -> tuple[str, folders.Tree] | None:
             raise Refused(f"data.path: {escape(given)} does not exist.")
         return None
     tree = folders.walk(path)
-    # A folder that a link brings in is a folder of images; files of features beside images are not images.
     tables = [
         name
         for name in tree.others
         if name.endswith(READ_BY_DATASETS) and os.path.basename(name) not in folders.METADATA
     ]
     if not tree.images:
-        if any(name.endswith(READ_BY_DATASETS) for name in tables) and not _class_folders_in_tar(path, tables):
+        if tables and not _class_folders_in_tar(path, tables):
             return None
         kinds = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in tree.others)
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "nothing"
@@ -327,9 +324,7 @@ def uses(data: Data, found: dict[str, Source], tuning: bool = False) -> Uses:
             other for other in found if canonical(other) and canonical(other) == canonical(name)
         ]
         if not same:
-            raise Refused(
-                f"data.{field}: {_told(data.path)} has no split {name!r}; it has {', '.join(map(repr, found))}."
-            )
+            raise Refused(f"data.{field}: {_told(data)} has no split {name!r}; it has {', '.join(map(repr, found))}.")
         return same[0]
 
     def meaning(kind: str) -> str | None:
@@ -340,7 +335,7 @@ def uses(data: Data, found: dict[str, Source], tuning: bool = False) -> Uses:
     if train == test:
         raise Refused(f"data.test_split: {train!r} is the split to train on, too; name another, or none.")
     if not len(found[train]):
-        raise Refused(f"data.split: split {train!r} of {_told(data.path)} is empty.")
+        raise Refused(f"data.split: split {train!r} of {_told(data)} is empty.")
     validation = meaning("validation")
     labelled = {
         name: bool(source.labels and any(x is not None for x in source.labels)) for name, source in found.items()
@@ -360,5 +355,5 @@ def uses(data: Data, found: dict[str, Source], tuning: bool = False) -> Uses:
     return Uses(train, held_out, test, [*used, *(name for name in found if name not in used)])
 
 
-def _told(path: str | list[str]) -> str:
-    return escape(path if isinstance(path, str) else ", ".join(path))
+def _told(data: Data) -> str:
+    return escape(", ".join(data.paths))

@@ -3,6 +3,7 @@
 Covariant with the arrangement of an image's parts. Its features are specific to where in a scene a part is.
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import islice, permutations
 
@@ -22,6 +23,7 @@ from .proxy import Proxy
 SAMPLE = 20_000  # orders that the most distant ones are sought among
 
 
+@functools.cache
 def distant_orders(grid: int, count: int, seed: int = 0) -> Tensor:
     """Orders of grid^2 tiles that are far from each other, [count, grid^2] int64, the first of which changes nothing.
 
