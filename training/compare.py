@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
 from . import arms as A
@@ -31,9 +32,12 @@ GRID = (0.25, 1.0, 4.0)
 WIDENED = 2  # times that an arm's grid goes a step further, where the best lies at its edge
 
 
-def command(arguments: Sequence[str]) -> Parser:
-    about = "Compare SSL++ with its controls at an equal budget."
-    made = parser(arguments, "python -m training.compare", about, skip={"seed"})
+ABOUT = "Compare SSL++ with its controls at an equal budget."
+
+
+def command(arguments: Sequence[str], prog: str = "python -m training.compare", about: str = ABOUT) -> Parser:
+    """The command line of a comparison."""
+    made = parser(arguments, prog, about, skip={"seed"})
     usual = [arm for arm in A.ARMS if arm != "other_proxy"]
     made.add_argument("--arms", type=list[str], default=usual, help="Arms to compare.")
     made.add_argument("--other_proxy", help="The task of the arm other_proxy, a file of training/proxies.")
@@ -48,7 +52,17 @@ def main(arguments: Sequence[str], **defaults: Any) -> None:
     """The command; `defaults` are other values of its options."""
     made = command(arguments)
     made.set_defaults(defaults)
-    values = made.read(arguments)
+    asked = request(made.read(arguments), made)
+    with launch.StopSignals() as stop:
+        compare(**asked, stop=stop)
+
+
+def request(values: Namespace, made: Parser) -> dict[str, Any]:
+    """What `compare` is asked for by the values that a command line's parser read, but for `stop`.
+
+    Raises:
+        Refused: it is wrong.
+    """
     arms, seeds, grid, other = (values.pop(name) for name in ("arms", "seeds", "grid", "other_proxy"))
     if ("other_proxy" in arms) != (other is not None):
         raise Refused("--other_proxy: it names the task of the arm other_proxy; give both, or neither.")
@@ -57,8 +71,8 @@ def main(arguments: Sequence[str], **defaults: Any) -> None:
             raise Refused(f"--arms: there is no arm {arm!r}; there are {', '.join(A.ARMS)}.")
     if not arms or not seeds or not grid:
         raise Refused("--arms, --seeds and --grid need at least one value each.")
-    with launch.StopSignals() as stop:
-        compare(from_values(values, made), [a for a in A.ARMS if a in arms], seeds, grid, stop, other)
+    recipe, arms = from_values(values, made), [a for a in A.ARMS if a in arms]
+    return {"recipe": recipe, "arms": arms, "seeds": seeds, "grid": grid, "other": other}
 
 
 def setting(lr: float, variant: str | None) -> str:

@@ -1,6 +1,7 @@
 """A comparison's records to tables and figures: means, paired differences over seeds, and their intervals."""
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def interval(differences: list[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+def told(differences: list[float]) -> tuple[str, str]:
+    """The interval of the mean of paired differences, and whether it excludes 0."""
+    found = interval(differences)
+    if found is None:
+        return "one seed", "?"
+    return f"{found[0]:+.1f} to {found[1]:+.1f}", "no" if found[0] <= 0 <= found[1] else "yes"
+
+
+def mean_and_spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation (number of values)."""
+    if len(values) < 2:
+        return "".join(f"{value:.{digits}f} (1)" for value in values)
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} ({len(values)})"
+
+
 def contrast(rows: Records, name: str, split: str) -> list[list[str]]:
     """A metric's table: each arm's mean, sslpp minus the arm for every seed, and the interval of that difference."""
     arms, seeds = arms_and_seeds(rows)
@@ -79,10 +95,7 @@ def contrast(rows: Records, name: str, split: str) -> list[list[str]]:
             lines.append([*line, *(f"({values[s]:.1f})" if values[s] is not None else "" for s in seeds), "", ""])
             continue
         line += [f"{paired[s]:+.1f}" if s in paired else "" for s in seeds]
-        found = interval(list(paired.values()))
-        inside = found is not None and found[0] <= 0 <= found[1]
-        told = (f"{found[0]:+.1f} to {found[1]:+.1f}", "no" if inside else "yes") if found else ("one seed", "?")
-        lines.append([*line, *told])
+        lines.append([*line, *told(list(paired.values()))])
     return lines
 
 
@@ -111,6 +124,68 @@ def tables(rows: Records) -> list[list[list[str]]]:
     rows = final(rows)
     split = report.split_of(rows)
     return [summary(rows, split), *(contrast(rows, name, split) for name in ("linear pooled", "knn pooled"))]
+
+
+def by_task(rows: Records) -> dict[str, Records]:
+    """The records that count, by proxy task."""
+    tasks = dict.fromkeys(r["task"] for r in rows)
+    return {task: final([r for r in rows if r["task"] == task]) for task in tasks}
+
+
+def over_seeds(rows: Records, arm: str, name: str, split: str) -> list[float]:
+    """A metric of an arm, of all seeds that have it."""
+    seeds = arms_and_seeds(rows)[1]
+    return [v for seed in seeds if (v := metric(rows, arm, seed, name, split)) is not None]
+
+
+def gained(rows: Records, arm: str, over: str, name: str, split: str) -> tuple[str, ...]:
+    """Mean of an arm's paired differences over another, their interval, and whether it excludes 0."""
+    seeds = arms_and_seeds(rows)[1]
+    pairs = [[metric(rows, one, seed, name, split) for one in (arm, over)] for seed in seeds]
+    differences = [one - other for one, other in pairs if one is not None and other is not None]
+    return (f"{statistics.mean(differences):+.1f}", *told(differences)) if differences else ("", "", "")
+
+
+def probed(rows: Records) -> dict[str, dict[str, list[float]]]:
+    """Pooled linear accuracies of every seed, by proxy task and arm."""
+    return {
+        task: {arm: over_seeds(here, arm, "linear pooled", report.split_of(here)) for arm in arms_and_seeds(here)[0]}
+        for task, here in by_task(rows).items()
+    }
+
+
+def learned(rows: Records) -> list[list[str]]:
+    """For each proxy task how well it is solved, and what its features gain over a random network's."""
+    head = ["proxy task", "solved", "chance", "linear, random", "linear, trained", "gain", "95 % interval", "differs"]
+    lines = [head + ["kNN gain", "its interval"]]
+    for task, here in by_task(rows).items():
+        split = report.split_of(here)
+        own = [r for r in here if (r["arm"], r["protocol"]) == ("proxy_short", "task")]
+        cells = ["", ""]
+        if own:
+            reached = mean_and_spread([r["value"] for r in own], 3)
+            cells = [f"{own[0]['metric']} {reached}", f"{own[0]['settings']['chance']:.3g}"]
+        probes = [mean_and_spread(over_seeds(here, arm, "linear pooled", split)) for arm in ("random", "proxy_short")]
+        gains = [gained(here, "proxy_short", "random", f"{protocol} pooled", split) for protocol in ("linear", "knn")]
+        lines.append([task, *cells, *probes, *gains[0], *gains[1][:2]])
+    return lines
+
+
+def added(rows: Records, name: str) -> list[list[str]]:
+    """For each proxy task a metric of the task given the whole budget, of SSL++, and of their difference."""
+    lines = [[METRICS[name], "proxy", "sslpp", "difference", "95 % interval", "differs"]]
+    for task, here in by_task(rows).items():
+        split = report.split_of(here)
+        means = [mean_and_spread(over_seeds(here, arm, name, split)) for arm in ("proxy", "sslpp")]
+        if all(means):
+            lines.append([task, *means, *gained(here, "sslpp", "proxy", name, split)])
+    return lines
+
+
+def tasks(rows: Records) -> list[list[list[str]]]:
+    """Tables of proxy tasks side by side, those that have rows."""
+    made = [learned(rows), *(added(rows, f"{protocol} pooled") for protocol in ("linear", "knn", "residue"))]
+    return [lines for lines in made if len(lines) > 1]
 
 
 def transferred(rows: Records) -> list[list[list[str]]]:

@@ -153,6 +153,25 @@ def lowshot(path: Path, records: list[dict[str, Any]], arms: list[str], split: s
     _save(figure, path)
 
 
+def tasks(path: Path, found: dict[str, dict[str, list[float]]]) -> None:
+    """Accuracies of each seed by proxy task and arm: a row for each task, a point for each arm, bars over seeds."""
+    figure, axis = plt.subplots(figsize=(6.8, 0.42 * len(found) + 1.2))
+    arms = list(dict.fromkeys(arm for values in found.values() for arm in values))
+    for number, arm in enumerate(arms):
+        shift = 0.5 * (number - (len(arms) - 1) / 2) / len(arms)
+        rows = [(place + shift, values[arm]) for place, values in enumerate(found.values()) if arm in values]
+        y, mean = [place for place, _ in rows], [np.mean(values) for _, values in rows]
+        spread = [[m - min(v) for m, (_, v) in zip(mean, rows, strict=True)]]
+        spread += [[max(v) - m for m, (_, v) in zip(mean, rows, strict=True)]]
+        axis.errorbar(mean, y, xerr=spread, fmt="o", ms=5, color=COLOURS[arm], capsize=2, label=arm)
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    axis.set_xlabel("linear probe, pooled, top-1 %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    _save(figure, path)
+
+
 def fine_tuned(path: Path, found: dict[str, dict[float, list[float]]]) -> None:
     """Accuracy against the share of labels, a line for each start, bars from seed to seed; arguments of readme.py."""
     figure, axis = plt.subplots(figsize=(6.4, 4.2))

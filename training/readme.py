@@ -5,7 +5,6 @@ Tables stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. A ``run`` o
 """
 
 import re
-import statistics
 from pathlib import Path
 
 import timm
@@ -41,19 +40,13 @@ def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
     found = fine_tuned(rows)
     shares = sorted({share for values in found.values() for share in values})
     head = ["fine-tuned, top-1 %", *(f"{share:.0%} of the labels" for share in shares)]
-    return [[head, *([start, *(mean_and_spread(v.get(share, [])) for share in shares)] for start, v in found.items())]]
-
-
-def mean_and_spread(values: list[float]) -> str:
-    """Mean ± standard deviation (number of seeds)."""
-    if len(values) < 2:
-        return "".join(f"{value:.1f} (1)" for value in values)
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
+    return [[head, *([start, *(contrast.mean_and_spread(v.get(share, [])) for share in shares)] for start, v in found.items())]]
 
 
 TABLES = {
     "run": ("records.jsonl", run_table),
     "comparison": ("records.jsonl", contrast.tables),
+    "tasks": ("records.jsonl", contrast.tasks),
     "finetune": ("finetune.jsonl", finetune_table),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from .files import read_lines, write_lines
 
 # What makes two records figures of the same thing: a newer one replaces an older.
-IDENTITY = ("arm", "model", "seed", "phase", "round", "stage", "protocol", "data", "split", "metric", "variant")
+IDENTITY = ("arm", "model", "task", "seed", "phase", "round", "stage", "protocol", "data", "split", "metric", "variant")
 SETTINGS = ("k", "views", "labels", "scratch", "probe", "shots")
 
 

@@ -13,7 +13,7 @@ from . import backbone as B
 from . import clusters, export, figures, proxies, records, report
 from .evaluate import Over, evaluate
 from .evaluate.online import Online
-from .files import check_written, read_json, sha256_file, sha256_json, whole_file, whole_folder, write_json, written
+from .files import check_written, read_json, read_lines, sha256_file, sha256_json, whole_file, whole_folder, write_json, written
 from .images import Images
 from .launch import StopSignals, seed_all
 from .loop import train
@@ -144,20 +144,31 @@ def phase_proxy(this: Run) -> Path:
     folder, settings, key = this.folder / "proxy", this.recipe.proxy, this.key("proxy")
     read = reads(this, "proxy")
 
-    def learn() -> None:
+    def learn() -> dict[str, Any]:
         seed_all(key.number("weights"))
         network = B.create(this.recipe.model, this.recipe.data.size)
+        solved = {}
         if settings.epochs:
             task = proxies.build(settings, network, this.train)
             look = watch(this, settings, task, len(this.train.train))
             train(task, this.train, this.train.train, settings, key, this.context, sha256_json(read), epoch_end=look)
-            network = task.result()
+            network, solved = task.result(), how_well(this, task)
         elif not this.recipe.model.pretrained:
             network = this.untrained()
         keep(this, network, folder)
+        return solved
 
     once(this, folder / "proxy.json", read, learn)
     return folder
+
+
+def how_well(this: Run, task: proxies.Proxy) -> dict[str, Any]:
+    """A proxy task's own metric, its mean over what the log has of the last tenth of the steps, and that of chance."""
+    rows = [r for r in read_lines(this.folder / "metrics.jsonl") if r["phase"] == "proxy" and task.metric in r]
+    newest = [r[task.metric] for r in rows if r["step"] > 0.9 * rows[-1]["step"]]
+    if not newest:
+        return {}
+    return {"solved": {"metric": task.metric, "value": sum(newest) / len(newest), "chance": task.chance}}
 
 
 def phase_clusters(this: Run, source: Path, number: int) -> None:
@@ -241,10 +252,15 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     found = evaluate(network, this.recipe.evaluate, over, this.context)
     if this.main:
         markers = [folder / f"{name}.json" for folder in folders for name in READS]
-        costs = [read_json(marker)["budget"] for marker in markers if marker.exists()]
+        made = [read_json(marker) for marker in markers if marker.exists()]
+        costs = [marker["budget"] for marker in made]
+        for solved in (marker["solved"] for marker in made if "solved" in marker):
+            told = {"stage": "pooled", "protocol": "task", "settings": {"chance": solved["chance"]}, "split": "train"}
+            found.append({**told, "metric": solved["metric"], "value": solved["value"]})
         shared = {
             "arm": arm,
             "model": this.recipe.model.name,
+            "task": this.recipe.proxy.name,
             "recipe_sha256": recipe_sha256,
             "seed": this.recipe.seed,
             "phase": "relearn" if number else "proxy",

@@ -35,6 +35,8 @@ class BarlowTwins(Proxy):
         weight: PositiveFloat = 0.005
         """Weight of what is off the diagonal."""
 
+    metric = "correlation"
+
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
         self.weight, self.head = options.weight, nn.Linear(self.width, options.dim, bias=False)

@@ -39,6 +39,8 @@ class BYOL(Proxy):
         momentum: BelowOne = 0.996
         """Decay per step of the average at the start; it rises to 1 by a cosine."""
 
+    metric = "cosine"
+
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
         self.momentum, self.head = options.momentum, nn.Linear(self.width, options.dim)

@@ -49,6 +49,8 @@ class Distill(Proxy):
         teacher_temperature: PositiveFloat = 0.01
         """Temperature of the teacher's."""
 
+    metric = "cosine"
+
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
         teacher = _teacher(options)

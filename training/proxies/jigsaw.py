@@ -128,7 +128,7 @@ class Jigsaw(Tiles):
 
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
-        tiles = options.grid**2
+        tiles, self.chance = options.grid**2, 1 / options.orders
         self.register_buffer("orders", distant_orders(options.grid, options.orders), persistent=False)
         self.head = nn.Sequential(
             nn.Linear(tiles * self.width, options.hidden),

@@ -51,6 +51,7 @@ class MoCo(Proxy):
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
         self.temperature, self.head = options.temperature, nn.Linear(self.width, options.dim)
+        self.chance = 1 / (1 + options.queue)
         self.keys = ModelEmaV3(self._encoder(), decay=options.momentum, exclude_buffers=True)
         self.keys.requires_grad_(False)
         self.queue = Queue(options.queue, options.dim)

@@ -45,6 +45,7 @@ class NPID(Proxy):
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
         self.options, self.count = options, len(images)
+        self.chance = 1 / (1 + options.negatives if options.bank and options.negatives else self.count)
         if not options.bank:
             self.head = nn.Linear(self.width, self.count, bias=False)
             return

@@ -22,12 +22,16 @@ class Proxy(BackboneTask):
         asked: fields of its views that change the answer to what it asks, and must be 0.
         whole_batch: its loss needs all images of a step at once, so that micro-batches would change it.
         specific: what its features are specific to, as cards and reports say it; None where nothing is known.
+        metric: which of its metrics tells how well it is solved, the higher the better.
+        chance: what that metric is for who learned nothing.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     asked: ClassVar[tuple[str, ...]] = ()
     whole_batch: ClassVar[bool] = False
     specific: ClassVar[str | None] = None
+    metric: ClassVar[str] = "accuracy"
+    chance: float = 0.0
 
     @dataclass
     class Options:

@@ -27,7 +27,7 @@ class RelativeLocation(Tiles):
             )
         super().__init__(backbone, proxy, images, options)
         count = options.grid**2
-        self.middle = count // 2
+        self.middle, self.chance = count // 2, 1 / (count - 1)
         self.register_buffer("others", torch.tensor([i for i in range(count) if i != self.middle]), persistent=False)
         self.head = nn.Sequential(
             nn.Linear(2 * self.width, options.hidden), nn.ReLU(inplace=True), nn.Linear(options.hidden, count - 1)

@@ -31,6 +31,7 @@ class Rotation(Proxy):
 
     asked = ("turn",)
     specific = "by which quarter turn an image was rotated"
+    chance = 1 / 4
 
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Proxy.Options) -> None:
         super().__init__(backbone, proxy, images, options)

@@ -45,6 +45,7 @@ class SimCLR(Proxy):
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
         self.temperature, self.head = options.temperature, nn.Linear(self.width, options.dim, bias=False)
+        self.chance = 1 / (2 * proxy.batch_size - 1)
 
     @staticmethod
     def seen(options: Options, backbone: nn.Module, size: int) -> float:

@@ -39,6 +39,8 @@ class SimMIM(Proxy):
         ratio: OpenUnitInterval = 0.6
         """Share of an image's patches that is masked."""
 
+    metric = "explained"
+
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
         self.patch, self.ratio = options.patch or max(1, self.size // PATCHES), options.ratio
@@ -71,5 +73,6 @@ class SimMIM(Proxy):
         if painted.shape[2:] != images.shape[2:]:  # of a map that does not divide the image
             painted = F.interpolate(painted, images.shape[2:], mode="bilinear", align_corners=False)
         error = ((painted - images).abs() * mask).sum() / (3 * mask.sum())
+        plain = (images.abs() * mask).sum() / (3 * mask.sum())  # the error of the data's mean colour
         # What lies behind the last map has no part in this, but DDP asks each parameter for a gradient.
-        return {"loss": error + 0.0 * full(pooled).sum(), "error": error.detach()}
+        return {"loss": error + 0.0 * full(pooled).sum(), "explained": 1 - error.detach() / plain}

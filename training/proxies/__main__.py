@@ -1,0 +1,72 @@
+"""python -m training.proxies --config RECIPE --data.path DATA: the proxy tasks side by side, and what SSL++ adds to each.
+
+For every task a comparison in runs/NAME/TASK, with RECIPE's settings and those of TASK.yaml beside it, if there is one.
+What exists is not done again, so that tasks, arms and seeds can be added later.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import compare, contrast, figures, launch, records, report
+from ..command import Parser, guarded
+from ..files import write_lines, write_text
+from . import PROXIES, find
+
+ABOUT = "Compare proxy tasks: is each learned, are its features better than random ones, what does SSL++ add?"
+ARMS = ["random", "proxy_short", "proxy", "sslpp"]
+
+
+def command(arguments: Sequence[str]) -> Parser:
+    made = compare.command(arguments, "python -m training.proxies", ABOUT)
+    made.add_argument("--tasks", type=list[str], default=list(PROXIES), help="Tasks to compare.")
+    made.set_defaults(arms=ARMS, grid=[1.0])
+    return made
+
+
+def with_own(arguments: Sequence[str], task: str) -> list[str]:
+    """A command line for a task: the recipe's settings, then those of the task's file beside it."""
+    result = []
+    for argument in arguments:
+        option, mark, value = argument.partition("=")
+        result += [option, value] if option == "--config" and mark else [argument]
+    for place in [i for i, argument in enumerate(result) if argument == "--config"][-1:]:
+        own = Path(*result[place + 1 : place + 2]).with_name(f"{task}.yaml")
+        if own.exists():
+            result[place + 2 : place + 2] = ["--config", str(own)]
+    return [*result, "--proxy.name", task]
+
+
+def main(arguments: Sequence[str]) -> None:
+    made = command(arguments)
+    values = made.read(arguments)
+    tasks = values.pop("tasks")
+    folder = Path(compare.request(values, made)["recipe"].run)
+    requests = []
+    for task in tasks:
+        find(task)
+        own = with_own(arguments, task)
+        made = command(own)
+        values = made.read([*own, "--run", f"{folder}/{task}"])
+        del values["tasks"]
+        requests.append(compare.request(values, made))
+    with launch.StopSignals() as stop:
+        for asked in requests:
+            compare.compare(**asked, stop=stop)
+    write(folder)
+
+
+def write(folder: Path) -> None:
+    """Write records.jsonl and report.md with its figure of all tasks that were compared in a folder."""
+    found = {name: records.read(folder / name / "records.jsonl") for name in PROXIES}
+    rows = [row for own in found.values() for row in own]
+    write_lines(folder / "records.jsonl", rows)
+    figures.tasks(folder / "report" / "tasks.png", contrast.probed(rows))
+    tables = contrast.tasks(rows)
+    print("\n\n".join(map(report.as_text, tables)))
+    parts = [f"# {folder.name}", *map(report.as_markdown, tables), "![Proxy tasks](report/tasks.png)"]
+    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
