@@ -157,7 +157,7 @@ def probed(rows: Records) -> dict[str, dict[str, list[float]]]:
 def learned(rows: Records) -> list[list[str]]:
     """For each proxy task how well it is solved, and what its features gain over a random network's."""
     head = ["proxy task", "solved", "chance", "linear, random", "linear, trained", "gain", "95 % interval", "differs"]
-    lines = [head + ["kNN gain", "its interval"]]
+    lines = [[*head, "kNN gain", "its interval"]]
     for task, here in by_task(rows).items():
         split = report.split_of(here)
         own = [r for r in here if (r["arm"], r["protocol"]) == ("proxy_short", "task")]

@@ -11,7 +11,7 @@ import timm
 
 import sslpp_models  # noqa: F401  registers the backbones
 
-from . import card, contrast, figures, records, report
+from . import agreement, card, contrast, figures, records, report
 from .command import parse, short_name
 from .files import write_text
 
@@ -40,13 +40,15 @@ def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
     found = fine_tuned(rows)
     shares = sorted({share for values in found.values() for share in values})
     head = ["fine-tuned, top-1 %", *(f"{share:.0%} of the labels" for share in shares)]
-    return [[head, *([start, *(contrast.mean_and_spread(v.get(share, [])) for share in shares)] for start, v in found.items())]]
+    mean = contrast.mean_and_spread
+    return [[head, *([start, *(mean(values.get(share, [])) for share in shares)] for start, values in found.items())]]
 
 
 TABLES = {
     "run": ("records.jsonl", run_table),
     "comparison": ("records.jsonl", contrast.tables),
     "tasks": ("records.jsonl", contrast.tasks),
+    "agreement": ("records.jsonl", lambda rows: [agreement.agreement(rows, probe) for probe in agreement.PROBES]),
     "finetune": ("finetune.jsonl", finetune_table),
 }
 

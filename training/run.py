@@ -13,7 +13,17 @@ from . import backbone as B
 from . import clusters, export, figures, proxies, records, report
 from .evaluate import Over, evaluate
 from .evaluate.online import Online
-from .files import check_written, read_json, read_lines, sha256_file, sha256_json, whole_file, whole_folder, write_json, written
+from .files import (
+    check_written,
+    read_json,
+    read_lines,
+    sha256_file,
+    sha256_json,
+    whole_file,
+    whole_folder,
+    write_json,
+    written,
+)
 from .images import Images
 from .launch import StopSignals, seed_all
 from .loop import train

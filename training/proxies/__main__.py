@@ -1,4 +1,4 @@
-"""python -m training.proxies --config RECIPE --data.path DATA: the proxy tasks side by side, and what SSL++ adds to each.
+"""python -m training.proxies --config RECIPE --data.path DATA: proxy tasks side by side, and what SSL++ adds.
 
 For every task a comparison in runs/NAME/TASK, with RECIPE's settings and those of TASK.yaml beside it, if there is one.
 What exists is not done again, so that tasks, arms and seeds can be added later.
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import compare, contrast, figures, launch, records, report
+from .. import agreement, compare, contrast, figures, launch, records, report
 from ..command import Parser, guarded
 from ..files import write_lines, write_text
 from . import PROXIES, find
@@ -62,7 +62,7 @@ def write(folder: Path) -> None:
     rows = [row for own in found.values() for row in own]
     write_lines(folder / "records.jsonl", rows)
     figures.tasks(folder / "report" / "tasks.png", contrast.probed(rows))
-    tables = contrast.tasks(rows)
+    tables = [*contrast.tasks(rows), *(agreement.agreement(rows, probe) for probe in agreement.PROBES)]
     print("\n\n".join(map(report.as_text, tables)))
     parts = [f"# {folder.name}", *map(report.as_markdown, tables), "![Proxy tasks](report/tasks.png)"]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
