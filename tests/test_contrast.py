@@ -78,3 +78,22 @@ def test_a_test_split_without_labels_hides_nothing():
     assert report.split_of(turned) == "test"
     summary, linear, _ = contrast.tables(known + turned)
     assert [line[1] for line in summary[1:]] == [line[1] for line in linear[1:]] == ["62.0", "60.0", "30.0"]
+
+
+def test_tasks_side_by_side_show_what_each_and_ssl_add():
+    named = {"random": "random", "proxy": "scratch", "sslpp": "sslpp"}
+    base = [{**r, "arm": arm} for arm, of in named.items() for r in rows() if r["arm"] == of]
+    short = [{**r, "arm": "proxy_short", "value": r["value"] - 0.1} for r in base if r["arm"] == "proxy"]
+    own = {"stage": "pooled", "protocol": "task", "settings": {"chance": 0.25}, "metric": "accuracy", "split": "train"}
+    own = [{**short[0], **own, "seed": seed, "value": 0.5 + 0.1 * seed} for seed in (0, 1, 2)]
+    made = contrast.tasks([{**r, "task": "rotation"} for r in base + short + own])
+    assert [lines[0][0] for lines in made] == [
+        "proxy task", contrast.METRICS["linear pooled"], contrast.METRICS["knn pooled"]
+    ]  # fmt: skip
+    low, high = contrast.interval([18.0, 18.0, 24.0])
+    assert made[0][1][:6] == [
+        "rotation", "accuracy 0.600 ± 0.100 (3)", "0.25", "30.0 ± 1.0 (3)", "50.0 ± 2.6 (3)", "+20.0"
+    ]  # fmt: skip
+    assert made[0][1][6:8] == [f"{low:+.1f} to {high:+.1f}", "yes"]
+    low, high = contrast.interval([2.0, 3.0, 1.0])
+    assert made[1][1] == ["rotation", "60.0 ± 2.6 (3)", "62.0 ± 2.0 (3)", "+2.0", f"{low:+.1f} to {high:+.1f}", "no"]
