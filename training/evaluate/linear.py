@@ -49,30 +49,47 @@ def fit(features: Tensor, labels: Tensor, classes: int, c: float, start: Probe |
     mean, scale = (peak * x for x in ((features / peak).mean(0), (features / peak).std(0, unbiased=False)))
     scale = torch.where(scale > 1e-6 * scale.max().clamp(min=1e-12), scale, 1.0)
     rows = (features - mean) / scale
-    weight = torch.zeros(features.shape[1], classes, device=features.device)
+    n, step = len(rows), preconditioner(rows, classes, c)
+    # weight.T is moved @ step: in `moved` the loss is about as steep in every direction, and L-BFGS takes a third of the
+    # iterations. The gradient is written out, since autograd's products with tall matrices are slower.
+    moved = torch.zeros(classes, features.shape[1], device=features.device)
     bias = torch.zeros(classes, device=features.device)
     if start is not None:
-        weight, bias = start.weight.clone(), start.bias.clone()
-    weight.requires_grad_(True)
-    bias.requires_grad_(True)
+        moved, bias = torch.linalg.solve(step.T, start.weight).T.contiguous(), start.bias.clone()
     # The mean loss, not the sum, so that the tolerances mean the same for any number of images.
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
+        [moved, bias],
         max_iter=1000,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-8,
+        tolerance_grad=1e-4,
+        tolerance_change=1e-9,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
+    place = torch.arange(n, device=features.device)
 
+    @torch.no_grad()
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(rows @ weight + bias, labels) + weight.square().sum() / (2 * c * len(rows))
-        loss.backward()
+        weight = moved @ step
+        log_probabilities = F.log_softmax(F.linear(rows, weight, bias), 1)
+        loss = F.nll_loss(log_probabilities, labels) + weight.square().sum() / (2 * c * n)
+        residual = log_probabilities.exp_()
+        residual[place, labels] -= 1
+        residual /= n
+        moved.grad = (residual.T @ rows + weight / (c * n)) @ step.T
+        bias.grad = residual.sum(0)
         return loss
 
     optimizer.step(closure)
-    return Probe(mean, scale, weight.detach(), bias.detach())
+    return Probe(mean, scale, (moved @ step).T.contiguous(), bias)
+
+
+def preconditioner(rows: Tensor, classes: int, c: float) -> Tensor:
+    """The inverse of the Cholesky factor of the loss's second derivative where all classes are as likely, [D, D]."""
+    curvature = (rows.T @ rows).cpu().double() / (len(rows) * classes)
+    curvature.diagonal().add_(max(1 / (c * len(rows)), 1e-6 / classes))
+    factor = torch.linalg.cholesky(curvature)
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False)
+    return inverse.to(rows)
 
 
 def fit_best(
