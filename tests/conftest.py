@@ -103,6 +103,7 @@ TINY_RUN = [
     "--relearn.lr", "0.02",
     "--relearn.mlp_dim", "16",
     "--relearn.settle", "0.5",
+    "--relearn.export", "always",
     "--evaluate.linear_c", "[0.1]",
     "--evaluate.knn_k", "[3]",
     "--evaluate.shots", "[2]",

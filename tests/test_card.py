@@ -1,5 +1,6 @@
 """The model card: what the Hub reads of it, and what it promises."""
 
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.conftest import TINY_RUN, call
-from training import card, command, records, report
+from training import card, command, export, records, report
 from training.__main__ import main
 
 SECTIONS = ("Use it", "What was measured", "Limits", "Recipe", "Citation")
@@ -114,3 +115,23 @@ def test_controls_are_shown_where_there_were_any():
     assert "scratch" in summary
     assert "+10.0" in linear
     assert card.comparison([]) == []
+
+
+@pytest.mark.parametrize("asked", ["better", "always"])
+def test_hub_holds_the_better_backbone_and_its_card_says_so(finished, tiny, tmp_path, asked):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    made = command.parse(["--config", str(folder / "recipe.yaml"), "--relearn.export", asked])
+    rows = [
+        {**row, "value": row["value"] - (row["arm"] == "sslpp")}
+        for row in records.read(folder / "records.jsonl")
+        if row["protocol"] != "clusters"
+    ]
+    hub = export.export(folder, [folder / "proxy", folder / "round_1"], tiny, rows, made, "sslpp", None)
+    kept = folder / ("proxy" if asked == "better" else "round_1") / "model.safetensors"
+    assert (hub / "model.safetensors").read_bytes() == kept.read_bytes()
+    text = (hub / "README.md").read_text()
+    assert "Relearning made it worse on held-out images" in text.split("## Use it")[0]
+    assert ("then from clusters" in text) == (asked == "always")
+    values = {r.metric_value for r in ModelCard.load(hub / "README.md").data.eval_results}
+    assert (min(values) < 0) == (asked == "always")

@@ -119,3 +119,32 @@ def test_a_test_split_without_labels_leaves_the_held_out_part_to_show():
     assert found["linear"][1:] == [["proxy_short", "40.0"], ["sslpp", "50.0"]]
     assert found["rankme"][1:] == [["sslpp", "9.0"]]
     assert "on the held-out part of train" in report.gain(rows, "sslpp")
+
+
+def judged(before, after, protocol, metric="top1", **settings):
+    rows = [record(arm, "pooled", 0.5, split="test", number=n) for arm, n in (("proxy_short", 0), ("sslpp", 1))]
+    for arm, value, number in (("proxy_short", before, 0), ("sslpp", after, 1)):
+        rows.append({**record(arm, "pooled", value, protocol, "val", number, **settings), "metric": metric})
+    return rows
+
+
+def test_a_backbone_that_relearning_made_worse_is_told_and_which_one_is_kept():
+    linear, knn = judged(0.6, 0.5, "linear"), judged(0.4, 0.45, "knn", k=20) + judged(0.4, 0.1, "knn", k=200)
+    text = report.worse(linear + knn, "sslpp", "better")
+    assert "linear 60.0 -> 50.0, nearest neighbours 40.0 -> 45.0" in text
+    assert "holds the backbone that relearning started from" in text
+    assert "holds the relearned one all the same" in report.worse(linear + knn, "sslpp", "always")
+    assert report.worse(judged(0.6, 0.6, "linear") + knn, "sslpp", "better") is None
+    assert report.worse([], "sslpp", "better") is None
+
+
+def test_without_labels_scores_lead_that_need_none():
+    rows = [row for row in judged(0.7, 0.3, "label_free", "retrieval") if row["protocol"] == "label_free"]
+    rows += [record(arm, "pooled", 0.9, "residue", number=n) for arm, n in (("proxy_short", 0), ("sslpp", 1))]
+    text = report.gain(rows, "sslpp")
+    assert "on the held-out part of train" in text
+    assert text.index("retrieval 70.0 -> 30.0 (-40.0)") < text.index("residue 90.0 -> 90.0")
+    assert "retrieval 70.0 -> 30.0" in report.worse(rows, "sslpp", "better")
+    labelled = rows + judged(0.6, 0.7, "linear")
+    assert "retrieval" not in report.gain(labelled, "sslpp")
+    assert report.worse(labelled, "sslpp", "better") is None

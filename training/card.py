@@ -1,6 +1,7 @@
 """The model card: metadata that the Hub reads, and a page that tells the truth to whoever finds the model there."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,19 @@ def page(folder: Path, name: str, records: report.Records, compared: report.Reco
         records: of the run.
         compared: of the comparison that the run is an arm of; none without one.
         recipe: that made the model.
-        arm: what the model is called in the records.
+        arm: what the last backbone of the run is called in the records.
     """
+    bad = report.worse(records, arm, recipe.relearn.export)
+    own, made = arm, recipe
+    if bad and recipe.relearn.export == "better":  # the model is what relearning started from
+        own, made = "proxy_short", dataclasses.replace(recipe, relearn=dataclasses.replace(recipe.relearn, rounds=0))
     shown = {name: caption for name, caption in report.PICTURES.items() if (folder / "report" / f"{name}.png").exists()}
     parts = [
-        f"---\n{metadata(name, report.last_round(records, arm), recipe)}\n---",
+        f"---\n{metadata(name, report.last_round(records, own), recipe)}\n---",
         f"# {name}",
         recipe.card.about,
-        what(recipe, records, arm),
+        bad,
+        what(made, records, own),
         "## Use it",
         usage(recipe.data.size),
         "## What was measured",

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from . import backbone as B
-from . import card
+from . import card, report
 from .files import Failed, whole_folder, write_text
 from .images import Images
 from .recipe import Recipe
@@ -16,17 +16,23 @@ from .report import Records
 
 
 def export(
-    folder: Path, source: Path, images: Images, records: Records, recipe: Recipe, arm: str, comparison: Path | None
+    folder: Path,
+    folders: list[Path],
+    images: Images,
+    records: Records,
+    recipe: Recipe,
+    arm: str,
+    comparison: Path | None,
 ) -> Path:
     """Write ``hub/`` beside the phases and load it again.
 
     Args:
         folder: the run folder.
-        source: the backbone to export.
+        folders: of the phases, the first and the last of which have the backbones that are chosen from.
         images: the training split, whose statistics the folder carries.
         records: what was measured.
         recipe: what made it.
-        arm: what the backbone is called in the records.
+        arm: what the last backbone is called in the records.
         comparison: folder of the comparison that this run is an arm of.
 
     Returns:
@@ -35,7 +41,8 @@ def export(
     Raises:
         Failed: timm does not find the same features in the written folder.
     """
-    hub = folder / "hub"
+    hub, bad = folder / "hub", report.worse(records, arm, recipe.relearn.export)
+    source = folders[0] if bad and recipe.relearn.export == "better" else folders[-1]
     with whole_folder(hub) as beside:
         B.save(B.load(source), beside, images, tag=recipe.proxy.name, license=recipe.card.license or "")
         if (folder / "report").exists():

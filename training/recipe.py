@@ -220,6 +220,9 @@ class Relearn(Schedule):
     """Layers of a disposable MLP between the backbone and the head."""
     label_smoothing: BelowOne = 0.0
     """Share of the target spread over all clusters."""
+    export: Literal["better", "always"] = "better"
+    """What hub/ holds: the better, on held-out images, of the relearned backbone and the one that relearning started
+    from; or the relearned one in any case."""
 
 
 @dataclass
@@ -306,7 +309,7 @@ READS = {
     "relearn": (*COMMON, "relearn"),
     "evaluate": (*COMMON, "evaluate", "proxy.name", "proxy.options", "relearn.views"),
 }
-IGNORED = ("relearn.rounds", "evaluate.every", "evaluate.transfer")
+IGNORED = ("relearn.rounds", "relearn.export", "evaluate.every", "evaluate.transfer")
 
 
 def flatten(settings: Any) -> dict[str, Any]:

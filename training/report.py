@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import figures
+from .evaluate.label_free import LEADING
 from .files import read_json, write_text
 from .recipe import Recipe
 
@@ -153,28 +154,55 @@ def as_markdown(lines: list[list[str]]) -> str:
     return "\n".join([head, "|---" + "|---:" * (len(lines[0]) - 1) + "|", *body])
 
 
+# What pooled features are judged by: the probes, and where there are no labels the score that agrees best with them.
+PROBES = {"linear": ("linear", "top1"), "nearest neighbours": ("knn", "top1")}
+WITHOUT_LABELS = {LEADING.replace("_", " "): ("label_free", LEADING)}
+
+
+def pooled(records: Records, arm: str, split: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Records of an arm's pooled features by protocol and metric; of several numbers of neighbours the first."""
+    rows = [r for r in last_round(records, arm) if (r["stage"], r["split"]) == ("pooled", split)]
+    return {(r["protocol"], r["metric"]): r for r in reversed(rows)}
+
+
+def worse(records: Records, arm: str, export: str) -> str | None:
+    """One sentence if an arm is worse, on held-out images, than the backbone that it started from; None if not."""
+    before, after = (pooled(records, name, "val") for name in ("proxy_short", arm))
+    both = before.keys() & after.keys()
+    judged = PROBES if both & set(PROBES.values()) else WITHOUT_LABELS
+    values = {name: (before[key]["value"], after[key]["value"]) for name, key in judged.items() if key in both}
+    if sum(now - then for then, now in values.values()) >= 0:
+        return None
+    told = ", ".join(f"{name} {100 * then:.1f} -> {100 * now:.1f}" for name, (then, now) in values.items())
+    held = {
+        "better": "hub/ holds the backbone that relearning started from, proxy_short; the relearned one would be there "
+        "with relearn.export: always",
+        "always": "hub/ holds the relearned one all the same, as relearn.export asks for",
+    }[export]
+    return f"Relearning made it worse on held-out images ({told}): {held}."
+
+
 def gain(records: Records, arm: str) -> str:
     """What the result gained over the backbone it started from, or why there is no figure."""
     split = split_of([r for r in records if r["metric"] == "top1"])
-
-    def pooled(name: str, protocol: str) -> tuple[float, int, int] | None:
-        rows = [r for r in last_round(records, name) if r["stage"] == "pooled" and r["split"] == split]
-        rows = [r for r in rows if r["protocol"] == protocol and r["metric"] == "top1"]
-        return (100 * rows[0]["value"], rows[0]["images_seen"], rows[0]["seed"]) if rows else None
-
-    parts = []
-    for protocol, name in (("linear", "linear"), ("knn", "nearest neighbours"), ("residue", "residue")):
-        before, after = pooled("proxy_short", protocol), pooled(arm, protocol)
-        if before and after:
-            parts.append(f"{name} {before[0]:.1f} -> {after[0]:.1f} ({after[0] - before[0]:+.1f})")
-            seen, seed = (before[1], after[1]), after[2]
-    if not parts:
+    before, after = (pooled(records, name, split) for name in ("proxy_short", arm))
+    labelled = before.keys() & after.keys() & set(PROBES.values())
+    if not labelled:  # the scores without labels are of held-out images
+        before, after = (
+            pooled(records, name, "val") | found for name, found in (("proxy_short", before), (arm, after))
+        )
+    shown = {**(PROBES if labelled else WITHOUT_LABELS), "residue": ("residue", "top1")}
+    pairs = {name: (before[key], after[key]) for name, key in shown.items() if key in before and key in after}
+    if not pairs:
         return "There is nothing to compare yet."
-    where = {"val": "the held-out part of train", "test": "the test split"}[split]
+    values = {name: (100 * then["value"], 100 * now["value"]) for name, (then, now) in pairs.items()}
+    parts = [f"{name} {then:.1f} -> {now:.1f} ({now - then:+.1f})" for name, (then, now) in values.items()]
+    one, other = next(iter(pairs.values()))
+    where = {"val": "the held-out part of train", "test": "the test split"}[split if labelled else "val"]
     return (
-        f"{arm} over the proxy's backbone, pooled features, on {where}, seed {seed}: {'; '.join(parts)}. "
-        f"The proxy's backbone has seen {seen[0]:,} images, {arm} {seen[1]:,}: a comparison at equal budget, over "
-        "several seeds, is what training.compare makes."
+        f"{arm} over the proxy's backbone, pooled features, on {where}, seed {other['seed']}: {'; '.join(parts)}. "
+        f"The proxy's backbone has seen {one['images_seen']:,} images, {arm} {other['images_seen']:,}: a comparison at "
+        "equal budget, over several seeds, is what training.compare makes."
     )
 
 
@@ -210,7 +238,8 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
         found.append(pseudo)
     code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
     account = read_json(folder / "data.json")["splits"]
-    parts = [f"# {folder.name}", gain(records, arm), f"The images: {splits_line(account)}."]
+    bad = worse(records, arm, recipe.relearn.export)
+    parts = [f"# {folder.name}", *([bad] if bad else []), gain(records, arm), f"The images: {splits_line(account)}."]
     parts += map(as_markdown, found)
     for name, caption in PICTURES.items():
         if (folder / "report" / f"{name}.png").exists():
@@ -221,4 +250,6 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     # On the screen what is read first: top-1, and one number of neighbours.
     short = [lines for lines in found if "mean over" not in lines[0][0] and "k = 200" not in lines[0][0]]
     screen = map(as_text, short)
-    return "\n\n".join(["", *screen, gain(records, arm), code, f"More, with figures: {folder / 'report.md'}"])
+    return "\n\n".join(
+        ["", *([bad] if bad else []), *screen, gain(records, arm), code, f"More, with figures: {folder / 'report.md'}"]
+    )

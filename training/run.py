@@ -334,6 +334,6 @@ def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
         rows = records.read(this.folder / "records.jsonl")
         report.draw(this.folder, rows, arm, folders[-1])
         figures.neighbours(this.folder / "report" / "neighbours.png", found, this.train, shown)
-        export.export(this.folder, folders[-1], this.train, rows, this.recipe, arm, comparison)
+        export.export(this.folder, folders, this.train, rows, this.recipe, arm, comparison)
         this.context.say(report.write(this.folder, rows, this.recipe, arm, folders[-1]))
     this.accelerator.wait_for_everyone()

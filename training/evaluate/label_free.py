@@ -16,6 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
+LEADING = "retrieval"  # which of them reports lead with: hub_configs/RESULTS.md
 IMAGES = 1000  # most images that are looked at
 PER_CLUSTER = 10  # images of a cluster, about
 

@@ -50,8 +50,8 @@ def fit(features: Tensor, labels: Tensor, classes: int, c: float, start: Probe |
     scale = torch.where(scale > 1e-6 * scale.max().clamp(min=1e-12), scale, 1.0)
     rows = (features - mean) / scale
     n, step = len(rows), preconditioner(rows, classes, c)
-    # weight.T is moved @ step: in `moved` the loss is about as steep in every direction, and L-BFGS takes a third of the
-    # iterations. The gradient is written out, since autograd's products with tall matrices are slower.
+    # weight.T is moved @ step: in `moved` the loss is about as steep in every direction, and L-BFGS needs a third of
+    # the iterations. The gradient is written out, since autograd's products with tall matrices are slower.
     moved = torch.zeros(classes, features.shape[1], device=features.device)
     bias = torch.zeros(classes, device=features.device)
     if start is not None:
