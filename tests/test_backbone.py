@@ -90,6 +90,9 @@ def test_reinit_takes_the_constructors_initialisation():
     state, new = network.state_dict(), fresh.state_dict()
     assert torch.equal(state["layer4.1.conv2.weight"], new["layer4.1.conv2.weight"])
     assert (state["layer1.0.conv1.weight"] == 7).all()
+    B.reinit(network, {"layer1.0.conv1.weight", "bn1.num_batches_tracked"}, fresh, keep=0.25)
+    expected = 0.25 * 7 + 0.75 * new["layer1.0.conv1.weight"]
+    assert torch.allclose(network.state_dict()["layer1.0.conv1.weight"], expected)
 
 
 @pytest.mark.parametrize(("low_norm", "moves"), [("train", True), ("eval", False)])

@@ -113,7 +113,7 @@ def clusterfit(recipe: Recipe, counts: Counts) -> None:
     clusters, relearn = recipe.clusters, recipe.relearn
     clusters.stage, clusters.whiten, clusters.average = -1, 0, "none"
     clusters.k = [sorted(clusters.k)[len(clusters.k) // 2]]
-    relearn.rounds, relearn.reinit, relearn.settle = 1, "all", 0.0
+    relearn.rounds, relearn.reinit, relearn.keep, relearn.settle = 1, "all", 0.0, 0.0
     relearn.mlp_layers, relearn.ema, relearn.label_smoothing, relearn.drop = 0, 0.0, 0.0, 0.0
     lengthen(relearn, whole - images_of(recipe.proxy, counts) - clustering_images(recipe, counts, 1), counts)
 
@@ -121,7 +121,8 @@ def clusterfit(recipe: Recipe, counts: Counts) -> None:
 @arm("#c03d3e")
 def scratch(recipe: Recipe, counts: Counts) -> None:
     """sslpp's labels, head and views; every layer from random."""
-    recipe.relearn.reinit, recipe.relearn.settle, recipe.relearn.low_lr = "all", 0.0, 1.0
+    relearn = recipe.relearn
+    relearn.reinit, relearn.keep, relearn.settle, relearn.low_lr = "all", 0.0, 0.0, 1.0
 
 
 @arm("#3a923a")
@@ -153,7 +154,8 @@ def supervised(recipe: Recipe, counts: Counts) -> None:
     whole = budget(recipe, counts)
     recipe.clusters.source, recipe.proxy.epochs = "labels", 0.0
     relearn = recipe.relearn
-    relearn.rounds, relearn.reinit, relearn.settle, relearn.low_lr, relearn.drop = 1, "all", 0.0, 1.0, 0.0
+    relearn.rounds, relearn.reinit, relearn.keep, relearn.drop = 1, "all", 0.0, 0.0
+    relearn.settle, relearn.low_lr = 0.0, 1.0
     lengthen(relearn, whole, counts)
 
 

@@ -256,12 +256,22 @@ def _buffers(module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def reinit(network: nn.Module, names: Iterable[str], fresh: nn.Module) -> None:
-    """Copy the named parameters and buffers from a newly created network, as timm's constructors initialise them."""
+def reinit(network: nn.Module, names: Iterable[str], fresh: nn.Module, keep: float = 0.0) -> None:
+    """Copy the named parameters and buffers from a newly created network, as timm's constructors initialise them.
+
+    Args:
+        network: is changed.
+        names: of what is copied.
+        fresh: the new network.
+        keep: share of the old values that stays (shrink and perturb; Ash & Adams, NeurIPS 2020).
+    """
     source = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
     target = dict(network.named_parameters()) | dict(network.named_buffers())
     for name in names:
-        target[name].copy_(source[name])
+        if keep and target[name].is_floating_point():
+            target[name].lerp_(source[name].to(target[name]), 1 - keep)
+        else:
+            target[name].copy_(source[name])
 
 
 def set_frozen_mode(network: nn.Module, names: set[str], low_norm: str) -> None:

@@ -208,6 +208,8 @@ class Relearn(Schedule):
     """Last stage of the low part, an index into timm's feature_info."""
     reinit: Literal["high", "all", "none"] = "high"
     """Which part starts from new random weights."""
+    keep: BelowOne = 0.0
+    """Share of the old weights that stays in that part: 0 starts anew, more is gentler to good weights."""
     drop: BelowOne = 0.0
     """Share of each cluster, the images farthest from its centroid, that is not learned from."""
     settle: ClosedUnitInterval = 0.1

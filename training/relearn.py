@@ -140,7 +140,7 @@ def relearn(
     if settings.reinit != "none":
         names = {n for n, _ in (*network.named_parameters(), *network.named_buffers())}
         fresh = B.create(model, images.size, pretrained=False)
-        B.reinit(network, names if settings.reinit == "all" else names - low, fresh)
+        B.reinit(network, names if settings.reinit == "all" else names - low, fresh, settings.keep)
     task = Relearn(network, low, labels, classes, settings, images, settled)
     look = watch(task, len(indices)) if watch else None
     task.freeze_low(True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from .. import backbone as B
 from .. import launch, proxies, recipe, records, report
 from ..command import Parser, as_timm_names, check_data, guarded, model_parser, short_name
-from ..files import Refused
 from ..setup import load_for, load_transfer, one_process
 from . import Over, evaluate
 
@@ -34,8 +33,6 @@ def main(arguments: Sequence[str]) -> None:
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
         train, test = load_for(network, made.data, context)
         context.say(report.splits_line(train.account))
-        if train.labels is None and not views:
-            raise Refused("data.label_column: there are no labels to measure features by; --residue needs none.")
         transfer = load_transfer(made.evaluate.transfer, made.data, train, context)
         over = Over((train, test), views, transfer=transfer)
         found = evaluate(network.to(context.accelerator.device), made.evaluate, over, context)
