@@ -10,8 +10,8 @@ import timm
 import torch
 
 from training import launch
-from training.backbone import at_least_a_pixel
 from training.files import Refused
+from training.operations import suited
 
 
 def test_a_signal_outside_the_loop_ends_the_run_at_once():
@@ -59,7 +59,7 @@ def test_seeds_reach_every_global_stream():
 
 @pytest.mark.parametrize(("units", "size", "expected"), [(True, 32, "bf16"), (False, 32, "fp32"), (True, 16, "fp32")])
 def test_precision_is_what_the_cpu_has_units_for_and_does_right(monkeypatch, units, size, expected):
-    fits = at_least_a_pixel(timm.create_model("test_resnet"), size)  # its stride is 32
+    fits = suited(timm.create_model("test_resnet"), size)[1]  # its stride is 32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)

@@ -72,3 +72,18 @@ def test_taps_without_data_are_counted():
     weights = dict(old.named_parameters())
     assert sum(weights[f"{n}.weight"].numel() * taps // total for n, (taps, total) in dead.items()) == 1_572_864
     assert operations.dead_taps(timm.create_model("resnet18"), 224) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "memory_format", "bf16"),
+    [
+        ("resnet18", 96, torch.channels_last, True),
+        ("resnet18", 16, torch.channels_last, False),  # strides below a pixel
+        ("tf_efficientnet_lite0", 96, torch.channels_last, False),
+        ("mobilenetv3_small_100", 96, torch.channels_last, False),
+        ("convnext_atto", 96, torch.contiguous_format, False),
+        ("vit_tiny_patch16_224", 224, torch.contiguous_format, True),
+    ],
+)
+def test_what_suits_a_network_is_what_was_measured(name, size, memory_format, bf16):
+    assert operations.suited(timm.create_model(name, num_classes=0), size) == (memory_format, bf16)

@@ -110,11 +110,6 @@ def resolve_stage(network: nn.Module, stage: int, field: str) -> int:
     return stage % count
 
 
-def at_least_a_pixel(network: nn.Module, size: int) -> bool:
-    """Whether images of `size` px are at least as large as the network's last stride."""
-    return size >= network.feature_info[-1]["reduction"]
-
-
 def features(network: nn.Module, images: Tensor, stages: Iterable[int]) -> dict[Stage, Tensor]:
     """Features of a batch: each stage's, [B, D], the mean over positions without prefix tokens; and the pooled ones.
 

@@ -37,6 +37,7 @@ from .files import (
 from .images import Images, write_bad
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
+from .operations import suited
 from .recipe import BelowOne, Data, Model, Running, Schedule, Views, flatten
 from .setup import check_fits, check_split, load_for, refuse_other
 from .task import Batch, ViewTask, accuracy
@@ -151,7 +152,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     seed_all(key.number("weights"))
     network = B.create(Model(name, pretrained=not settings.scratch), None)
     size = network.pretrained_cfg["input_size"][-1]
-    precision = launch.resolve_precision(settings.precision, B.at_least_a_pixel(network, size))
+    precision = launch.resolve_precision(settings.precision, suited(network, size)[1])
     accelerator = launch.start(precision, settings.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, settings.log.every, settings.checkpoint_every)
     with nothing_left(folder):

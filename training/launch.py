@@ -87,12 +87,12 @@ def seed_all(number: int) -> None:
     torch.manual_seed(number)
 
 
-def resolve_precision(precision: str, at_least_a_pixel: bool) -> str:
+def resolve_precision(precision: str, cpu_bf16: bool) -> str:
     """`auto` as what the device has units for: bf16, else fp16 on CUDA, else fp32.
 
     Args:
         precision: what was asked for.
-        at_least_a_pixel: the images are at least as large as the network's last stride.
+        cpu_bf16: the network is right, and faster, in bf16 on a CPU that has units for it.
     """
     if precision != "auto":
         return precision
@@ -101,8 +101,7 @@ def resolve_precision(precision: str, at_least_a_pixel: bool) -> str:
     if torch.backends.mps.is_available():
         return "fp32"
     has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    # oneDNN 3.12 leaves bf16 gradients of weights that meet nothing but padding unwritten, as strides below a pixel do.
-    return "bf16" if has_units and at_least_a_pixel else "fp32"
+    return "bf16" if has_units and cpu_bf16 else "fp32"
 
 
 def cores() -> int:

@@ -227,7 +227,7 @@ def train(
     if first >= last or (saved and saved.step >= last and last < total):
         return  # the next call's part of the schedule has begun
     # 1. model, optimiser, and where they stood
-    task.to(accelerator.device, memory_format=torch.channels_last).train()
+    task.to(accelerator.device, memory_format=task.memory_format).train()
     flops = count_flops(task, draw_batch(images, indices, schedule, key, first, 0, accelerator, rows=2))
     optimizer = make_optimizer(task, schedule)
     step = first

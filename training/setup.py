@@ -20,7 +20,7 @@ from .folders import escape
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
-from .operations import dead_taps
+from .operations import dead_taps, suited
 from .recipe import READS, Data, Recipe, Schedule, phase_fields, to_yaml
 
 Splits = tuple[Images, Images | None]
@@ -71,7 +71,7 @@ class Run:
             self.lock.close()
 
     def on_device(self, network: nn.Module) -> nn.Module:
-        return network.to(self.accelerator.device, memory_format=torch.channels_last)
+        return network.to(self.accelerator.device, memory_format=suited(network, self.recipe.data.size)[0])
 
     def untrained(self) -> nn.Module:
         """The network that phase 1 starts from if it starts from random weights, its batch norms' statistics set."""
@@ -146,7 +146,7 @@ def run_precision(recipe: Recipe, network: nn.Module) -> str:
     if asked == "auto" and before.exists():
         lines = before.read_text(encoding="utf-8").splitlines()
         asked = next((line.split(": ")[1] for line in lines if line.startswith("precision: ")), asked)
-    return resolve_precision(asked, B.at_least_a_pixel(network, recipe.data.size))
+    return resolve_precision(asked, suited(network, recipe.data.size)[1])
 
 
 def load_images(recipe: Recipe, network: nn.Module, context: Context) -> Read:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import backbone as B
 from . import views
 from .images import Images
+from .operations import suited
 from .recipe import Schedule, Views
 
 
@@ -45,9 +46,11 @@ class Task(nn.Module):
 
     Attributes:
         seen: views of an image that a step passes forward and backward; a forward pass alone counts a third.
+        memory_format: of its weights, and so of the maps that convolutions make with them.
     """
 
     seen: float = 1.0
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and the task's own metrics, these detached."""
@@ -105,6 +108,7 @@ class ViewTask(Task):
         super().__init__()
         self.network, self.views, self.size = network, schedule.views, images.size
         self.held, self.held_norm = set(), "eval"
+        self.memory_format = suited(network, images.size)[0]
         self.register_buffer("mean", torch.tensor(images.mean), persistent=False)
         self.register_buffer("std", torch.tensor(images.std), persistent=False)
         self.average = None

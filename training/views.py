@@ -149,8 +149,8 @@ def random_views(views: Views, pixels: Tensor, sizes: Tensor, draws: Draws, size
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """[0, 1] to zero mean and unit deviation, channels last in memory as convolutions like it."""
-    return ((images - mean.view(3, 1, 1)) / std.view(3, 1, 1)).contiguous(memory_format=torch.channels_last)
+    """[0, 1] to zero mean and unit deviation."""
+    return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = None) -> Tensor:

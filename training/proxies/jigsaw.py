@@ -97,8 +97,7 @@ class Tiles(Proxy):
 
     def embed_tiles(self, tiles: Tensor) -> Tensor:
         """[B, n, 3, side, side] to the features of n tiles side by side, [B, n * width]."""
-        flat = tiles.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        return self.mlp(self.network(flat)).unflatten(0, tiles.shape[:2]).flatten(1)
+        return self.mlp(self.network(tiles.flatten(0, 1))).unflatten(0, tiles.shape[:2]).flatten(1)
 
     @staticmethod
     def nuisance(options: Options) -> tuple[views.View, ...]:
