@@ -223,3 +223,25 @@ def test_probes_take_features_of_any_size_and_refuse_what_is_not_finite():
     rows[7, 2] = float("inf")
     with pytest.raises(Failed, match="features are not finite"):
         linear.fit(rows, labels, 3, 0.1)
+
+
+def test_pooled_features_that_are_the_last_stages_are_measured_once_and_told_twice(context, monkeypatch):
+    train, test = make_images(80), make_images(24, seed=1)
+    plain = measured(context, train, test, shots=[2])
+    fitted = []
+    real = linear.fit
+    monkeypatch.setattr(linear, "fit", lambda *args, **kwargs: fitted.append(1) or real(*args, **kwargs))
+    found, once = measured(context, train, test, shots=[2]), len(fitted)
+    monkeypatch.setattr(E, "twin_of_pooled", lambda rows: None)
+    twice = measured(context, train, test, shots=[2])
+    assert len(fitted) - once == once + 2  # the classes' probe and the residue's
+
+    def told(rows):
+        return {records.identity(r): r["value"] for r in rows}
+
+    assert told(plain) == told(found) == {key: pytest.approx(value, abs=0.05) for key, value in told(twice).items()}
+    other = {"val": {0: torch.ones(4, 3), 1: torch.ones(4, 3), "pooled": torch.ones(4, 3) + 1e-3}}
+    monkeypatch.undo()
+    assert E.twin_of_pooled(other) is None
+    assert E.twin_of_pooled({"val": {0: torch.ones(4, 3), "pooled": torch.ones(4, 5)}}) is None
+    assert E.twin_of_pooled({"val": {0: torch.zeros(4, 3), 1: torch.ones(4, 3), "pooled": torch.ones(4, 3)}}) == 1

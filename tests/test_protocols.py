@@ -88,8 +88,7 @@ def test_low_shot_is_the_mean_over_draws_of_a_probe_whose_cost_the_held_out_part
             probes.append(linear.fit(rows["train"][chosen], labels["train"][chosen], 3, c))
         tried[c] = {n: np.mean([probe.top1(rows[n], labels[n]) for probe in probes]) for n in ("val", "test")}
     best = max(grid, key=lambda c: tried[c]["val"])
-    found = {name: {"pooled": value} for name, value in rows.items()}
-    got = E.lowshot_records(found, labels, 3, Evaluate(shots=[2], linear_c=grid), 7, torch.device("cpu"))
+    got = E.lowshot_records(rows, labels, 3, Evaluate(shots=[2], linear_c=grid), 7, torch.device("cpu"))
     assert {r["split"]: r["value"] for r in got} == {
         n: pytest.approx(tried[best][n], abs=0.005) for n in ("val", "test")
     }

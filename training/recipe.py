@@ -236,7 +236,7 @@ class Evaluate:
     batch_size: PositiveInt = 512
     """Images of a forward pass, over all processes."""
     images: PositiveInt = 50_000
-    """Most training images that a probe is fitted on."""
+    """Most training images that a probe is fitted on, and most held-out ones that it is measured on."""
     linear_c: list[PositiveFloat] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
     """Inverse regularisation of the linear probe, chosen on the held-out part."""
     knn_k: list[PositiveInt] = field(default_factory=lambda: [20, 200])

@@ -63,22 +63,27 @@ def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context:
         of the data; elsewhere none.
     """
     stages, device = B.stage_list(network), context.accelerator.device
-    train = over.splits[0]
+    train, twin = over.splits[0], None
 
     def features(
         images: Images, indices: Tensor, view: Callable | None = None, random: Any = None
     ) -> dict[Stage, Tensor]:
-        return B.extract(network, images, indices, context.accelerator, settings.batch_size, stages, view, random)
+        rows = B.extract(network, images, indices, context.accelerator, settings.batch_size, stages, view, random)
+        return {stage: value for stage, value in rows.items() if stage != "pooled" or twin is None}
 
     parts = parts_of(over.splits, settings)
     found = {name: features(*part) for name, part in parts.items()}
-    records = []
+    records, twin = [], twin_of_pooled(found)
+    if twin is not None:
+        for rows in found.values():
+            del rows["pooled"]
     if train.labels is not None:
         labels = labels_of(parts)
         if context.main:
             classes = len(train.label_names)
             records += class_records(found, labels, classes, settings, device)
-            records += lowshot_records(found, labels, classes, settings, train.split_seed, device)
+            few = {name: rows["pooled" if twin is None else twin] for name, rows in found.items()}
+            records += lowshot_records(few, labels, classes, settings, train.split_seed, device)
     for name, splits in over.transfer.items():
         other = parts_of(splits, settings)
         rows = {split: features(*part) for split, part in other.items()}
@@ -112,13 +117,24 @@ def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context:
             for metric, told, value in label_free.scores(*(rows[stage] for rows in three)):
                 records.append(_record(stage, "label_free", told, "val", metric, value))
     context.accelerator.wait_for_everyone()
-    return records
+    return records + [{**row, "stage": "pooled"} for row in records if row["stage"] == twin]
+
+
+def twin_of_pooled(found: dict[str, dict[Stage, Tensor]]) -> int | None:
+    """The stage whose features are the pooled ones, so that nothing need be measured twice; None if there is none."""
+    rows = found["val"]
+    last = max(stage for stage in rows if stage != "pooled")
+    pooled, own = rows["pooled"], rows[last]
+    return last if pooled.shape == own.shape and torch.allclose(pooled, own, rtol=1e-4, atol=1e-5) else None
 
 
 def parts_of(splits: Splits, settings: recipe.Evaluate) -> dict[str, tuple[Images, Tensor]]:
     """The images that probes are fitted on, "train", and those that are measured, "val" and "test"."""
     train, test = splits
-    parts = {"train": (train, train.sample(train.train, settings.images)), "val": (train, train.val)}
+    parts = {
+        "train": (train, train.sample(train.train, settings.images)),
+        "val": (train, train.sample(train.val, settings.images)),
+    }
     if test is not None and settings.test:
         parts["test"] = (test, test.all)
     return parts
@@ -201,7 +217,7 @@ def class_records(
 
 
 def lowshot_records(
-    found: dict[str, dict[Stage, Tensor]],
+    pooled: dict[str, Tensor],
     labels: dict[str, Tensor],
     classes: int,
     settings: recipe.Evaluate,
@@ -209,7 +225,7 @@ def lowshot_records(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Mean and standard deviation over draws of the probe on few images of each class, of the pooled features."""
-    told = known_rows(found, labels, "pooled", device)
+    told = known_rows({name: {"pooled": rows} for name, rows in pooled.items()}, labels, "pooled", device)
     records = []
     for shots in settings.shots if told else ():
         rows, known = told
