@@ -11,6 +11,7 @@ from timm.layers import DropPath
 
 from tests.conftest import make_images
 from training import backbone as B
+from training.extraction import extract, features, plain_batch
 from training.files import Refused
 from training.recipe import Model
 
@@ -35,7 +36,7 @@ def build(name, size=32, **args):
 def test_pooled_features_are_the_models_own_and_a_stages_are_means_of_its_map(name):
     network, batch = build(name).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        found = B.features(network, batch, B.stage_list(network))
+        found = features(network, batch, B.stage_list(network))
         assert torch.equal(found["pooled"], network(batch))
         maps = network.forward_intermediates(batch, norm=False, intermediates_only=True)
     for stage in B.stage_list(network):
@@ -52,14 +53,14 @@ def test_the_low_part_is_what_changes_a_stages_features(name):
     low = parts[stage]
     names = {n for n, _ in (*network.named_parameters(), *network.named_buffers())}
     assert low < names
-    before = B.features(network, batch, [stage])[stage].detach()
+    before = features(network, batch, [stage])[stage].detach()
     torch.manual_seed(1)
     B.reinit(network, names - low, B.create(Model(name, FAMILIES[name]), 32))
-    assert torch.equal(B.features(network, batch, [stage])[stage], before)
+    assert torch.equal(features(network, batch, [stage])[stage], before)
     for name_of, parameter in network.named_parameters():
         if name_of in low and parameter.ndim > 1:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    assert not torch.allclose(B.features(network, batch, [stage])[stage], before, atol=1e-4)
+    assert not torch.allclose(features(network, batch, [stage])[stage], before, atol=1e-4)
 
 
 def test_asking_for_the_low_part_changes_nothing():
@@ -110,7 +111,7 @@ def test_a_frozen_low_part_normalises_as_asked(low_norm, moves):
 def test_estimated_statistics_are_the_data_s(tiny):
     network = build("resnet18", 16)
     B.estimate_norm(network, tiny, torch.device("cpu"), batch_size=64)
-    batch = B.plain_batch(tiny, tiny.train, torch.device("cpu"))
+    batch = plain_batch(tiny, tiny.train, torch.device("cpu"))
     with torch.no_grad():
         first = network.conv1(batch)
     assert torch.allclose(network.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-4)
@@ -119,8 +120,8 @@ def test_estimated_statistics_are_the_data_s(tiny):
 
 def test_features_are_extracted_in_order_whatever_the_batch(tiny, context):
     network = build("test_resnet", 16).eval()
-    one = B.extract(network, tiny, tiny.all, context.accelerator, 64, [1])
-    other = B.extract(network, tiny, tiny.all, context.accelerator, 7, [1])
+    one = extract(network, tiny, tiny.all, context.accelerator, 64, [1])
+    other = extract(network, tiny, tiny.all, context.accelerator, 7, [1])
     assert one["pooled"].shape[0] == len(tiny)
     for key in one:
         assert torch.allclose(one[key], other[key], atol=1e-5)
@@ -138,7 +139,7 @@ def test_a_saved_folder_is_the_same_model_to_timm(name, tmp_path):
         assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)(batch[:, :1]).shape[0] == 2
         maps = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()(batch)
     last = B.stage_list(network)[-1]
-    assert torch.allclose(maps[-1].mean((2, 3)), B.features(network, batch, [last])[last], atol=1e-4)
+    assert torch.allclose(maps[-1].mean((2, 3)), features(network, batch, [last])[last], atol=1e-4)
     config = timm.data.resolve_model_data_config(loaded)
     assert tuple(config["mean"]) == images.mean
     assert tuple(config["std"]) == images.std
@@ -178,7 +179,7 @@ def test_a_frozen_low_part_takes_its_dropout_along_and_leaves_the_high_part_alon
     assert drops == sorted(drops)  # frozen ones first
     modes = [module.training for module in network.modules()]
     images = make_images()
-    B.extract(network, images, images.all, context.accelerator, 16)
+    extract(network, images, images.all, context.accelerator, 16)
     assert [module.training for module in network.modules()] == modes
 
 

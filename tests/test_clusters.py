@@ -15,6 +15,7 @@ from tests.conftest import make_images
 from training import backbone as B
 from training import clusters as C
 from training import command, operations
+from training.extraction import features, plain_batch
 from training.files import Refused
 from training.launch import Key
 from training.pixels import Pixels
@@ -60,6 +61,17 @@ def test_whitening_drops_directions_without_variance_and_serves_equal_rows():
     assert C.fit_whitening(torch.ones(5, 4), 4)(torch.ones(5, 4)).isfinite().all()
 
 
+@pytest.mark.parametrize("dimensions", [3, 6])
+def test_whitening_in_place_is_the_same(monkeypatch, dimensions):
+    monkeypatch.setattr(C, "ROWS", 7)
+    rows = torch.randn(40, 6) @ torch.randn(6, 6) + 3
+    whitening = C.fit_whitening(rows, dimensions)
+    expected = whitening(rows)
+    found = whitening.replace(rows)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert (found.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()) == (dimensions == 6)
+
+
 def test_without_whitening_only_the_length_changes():
     rows = torch.randn(20, 5) + 2
     assert torch.allclose(C.fit_whitening(rows, 0)(rows), rows / rows.norm(dim=1, keepdim=True), atol=1e-6)
@@ -67,24 +79,25 @@ def test_without_whitening_only_the_length_changes():
 
 def test_features_are_averaged_over_the_nuisance_views(tiny, context):
     net = network()
-    mean, first, last = C.averaged(net, tiny, 2, NUISANCE, context, 16)
-    batch = B.plain_batch(tiny, tiny.all, torch.device("cpu"))
+    looked_at = torch.arange(len(tiny.all)) % 3 == 0
+    mean, (first, last) = C.averaged(net, tiny, tiny.all, 2, NUISANCE, context, 16, looked_at)
+    batch = plain_batch(tiny, tiny.all, torch.device("cpu"))
     with torch.no_grad():
         each = []
         for flipped in (False, True):
             for quarter in range(4):
                 turned = torch.rot90(batch.flip(3) if flipped else batch, quarter, (2, 3))
-                each.append(B.features(net, turned, [2])[2])
+                each.append(features(net, turned, [2])[2])
     assert torch.allclose(mean, torch.stack(each).mean(0), atol=1e-5)
-    assert torch.allclose(first, each[0], atol=1e-5)
-    assert torch.allclose(last, each[-1], atol=1e-5)
+    assert torch.allclose(first, each[0][looked_at], atol=1e-5)
+    assert torch.allclose(last, each[-1][looked_at], atol=1e-5)
 
 
 def test_averaged_features_do_not_know_the_rotation(tiny, context):
     turned = make_images()
     turned.pixels = Pixels.of(torch.rot90(turned.pixels.stacked, 1, (2, 3)))
-    one = C.averaged(network(), tiny, 2, NUISANCE, context, 16)[0]
-    other = C.averaged(network(), turned, 2, NUISANCE, context, 16)[0]
+    one = C.averaged(network(), tiny, tiny.all, 2, NUISANCE, context, 16)[0]
+    other = C.averaged(network(), turned, turned.all, 2, NUISANCE, context, 16)[0]
     assert torch.allclose(one, other, atol=1e-4)
 
 
@@ -130,7 +143,7 @@ def test_files_tell_every_images_label_and_distance(tiny, context, tmp_path):
 def test_a_clustering_assigns_the_same_labels_again(tiny, context, tmp_path):
     make(tiny, context, tmp_path / "round_1")
     earlier = C.Clustered(tmp_path / "round_1")
-    again = earlier(C.averaged(network(), tiny, 3, NUISANCE, context, 16)[0])
+    again = earlier(C.averaged(network(), tiny, tiny.all, 3, NUISANCE, context, 16)[0])
     labels, _ = C.read_labels(tmp_path / "round_1" / "labels.parquet")
     assert torch.equal(again["label_3"], labels[:, 0])
     assert torch.equal(again["label_5"], labels[:, 1])
@@ -199,8 +212,8 @@ def test_classes_are_compared_on_training_images_alone(tiny, context, tmp_path):
 def test_distances_are_one_minus_the_cosine_to_the_own_centroid(tiny, context, tmp_path):
     make(tiny, context, tmp_path / "a")
     saved = load_file(tmp_path / "a" / "clusters.safetensors")
-    features = C.averaged(network(), tiny, 3, NUISANCE, context, 16)[0]
-    rows = C.Whitening(saved["mean"], saved["projection"])(features)
+    found = C.averaged(network(), tiny, tiny.all, 3, NUISANCE, context, 16)[0]
+    rows = C.Whitening(saved["mean"], saved["projection"])(found)
     table = pq.read_table(tmp_path / "a" / "labels.parquet")
     for row, label, distance in zip(rows, *(table[n].to_pylist() for n in ("label_5", "distance_5")), strict=True):
         assert distance == pytest.approx(1 - float(row @ saved["centroids_5"][label]), abs=1e-5)
@@ -216,8 +229,9 @@ def test_agreements_compare_two_runs_and_two_views(context, tmp_path, monkeypatc
     told = make(images, context, tmp_path / "a", k=[8])["8"]
     saved = load_file(tmp_path / "a" / "clusters.safetensors")
     whiten = C.Whitening(saved["mean"], saved["projection"])
-    train = ~images.held_out
-    mean, first, last = (whiten(x)[train] for x in C.averaged(network(), images, 3, NUISANCE, context, 16))
+    every = torch.ones(len(images.train), dtype=torch.bool)
+    mean, (first, last) = C.averaged(network(), images, images.train, 3, NUISANCE, context, 16, every)
+    mean, first, last = whiten(mean), whiten(first), whiten(last)
     best, second = (run.centroids for run in made[0][:2])
 
     def labels(rows, centroids):

@@ -77,9 +77,9 @@ def test_the_held_out_part_alone_chooses_the_regularisation():
 def test_a_part_of_the_images_is_a_sample_of_them(context, monkeypatch):
     train, test = make_images(80), make_images(60, seed=1)
     asked = []
-    real = B.extract
+    real = E.extract
     monkeypatch.setattr(
-        E.B,
+        E,
         "extract",
         lambda net, images, indices, *more: asked.append((images, indices)) or real(net, images, indices, *more),
     )

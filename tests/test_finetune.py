@@ -17,6 +17,7 @@ from tests.conftest import call, make_images, write_png
 from training import backbone as B
 from training import finetune as T
 from training import loop, records, views
+from training.extraction import plain_batch
 from training.files import read_json, read_lines
 from training.launch import Key
 from training.recipe import Data, Model, Views
@@ -89,7 +90,7 @@ def test_pictures_larger_than_the_network_sees_are_seen_as_timm_shows_them(backb
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     shown = torch.stack([transform(Image.open(tmp_path / "data" / path)) for path in images.paths])
-    assert torch.allclose(shown, B.plain_batch(images, images.all, torch.device("cpu")), atol=1e-5)
+    assert torch.allclose(shown, plain_batch(images, images.all, torch.device("cpu")), atol=1e-5)
 
 
 def test_accuracy_is_measured_after_each_epoch_and_the_best_is_kept(finished):

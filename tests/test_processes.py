@@ -80,6 +80,23 @@ def spy(task, *args, **kwargs):
             assert torch.equal(both[0], both[1]), name
             seen.append(name)
 relearn.train = spy
+from types import SimpleNamespace
+from training import clusters, extraction, recipe
+alone = SimpleNamespace(num_processes=1, process_index=0, device=accelerator.device, gather=lambda x: x)
+net = network()
+for count in (1, 2, 5, 21):  # uneven shares, and fewer images than processes
+    for random in (None, (recipe.Views(), 3)):
+        some = make_images().all[:count]
+        given = (net, make_images(), some)
+        both, one = (extraction.extract(*given, a, 4, [1], random=random) for a in (accelerator, alone))
+        assert both[1].shape == one[1].shape
+        assert all(torch.allclose(both[stage], one[stage], atol=1e-5) for stage in one), count
+rows = torch.arange(21.0).view(7, 3)
+assert torch.equal(extraction.gather(extraction.share(rows, accelerator), accelerator), rows)
+assert torch.equal(extraction.gather(extraction.share(rows[:1], accelerator), accelerator), rows[:1])
+rows = torch.randn(31, 5, generator=torch.Generator().manual_seed(0))
+both, one = (clusters.fit_whitening(extraction.share(rows, a), 3, 1.0, a) for a in (accelerator, alone))
+assert torch.allclose(both.projection, one.projection, rtol=1e-4) and torch.allclose(both.mean, one.mean, atol=1e-6)
 relearn.relearn(before, MODEL, chosen, pseudo_labels(images), [4, 2], images, KEY, context, "x")
 assert any(name.endswith("layer4.0.conv1.weight") for name in seen) and len(seen) > 60
 print("equal on rank", accelerator.process_index)

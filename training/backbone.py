@@ -4,14 +4,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors.torch import save_file
 from timm.models import get_model_args, get_model_input_config
@@ -20,13 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import sslpp_models as sslpp_models  # registers the entrypoints
 
-from . import views
+from .extraction import features, plain_batch
 from .files import Refused, sha256_file
 from .images import Images
-from .recipe import Model, Views
+from .recipe import Model
 
 FILES = ("config.json", "model.safetensors")  # of a saved backbone
-Stage = int | str  # an index into feature_info, or "pooled"
 
 
 def create(model: Model, size: int | None, pretrained: bool | None = None) -> nn.Module:
@@ -108,91 +105,6 @@ def resolve_stage(network: nn.Module, stage: int, field: str) -> int:
     if not -count <= stage < count:
         raise Refused(f"{field}: {stage} is not one of the {count} stages, 0 to {count - 1} or -{count} to -1.")
     return stage % count
-
-
-def features(network: nn.Module, images: Tensor, stages: Iterable[int]) -> dict[Stage, Tensor]:
-    """Features of a batch: each stage's, [B, D], the mean over positions without prefix tokens; and the pooled ones.
-
-    The network must be in evaluation mode for these to be the features that records speak of.
-    """
-    stages = list(stages)
-    final, maps = network.forward_intermediates(images, indices=stages, norm=False)
-    result: dict[Stage, Tensor] = {stage: level.flatten(2).mean(2) for stage, level in zip(stages, maps, strict=True)}
-    result["pooled"] = network.forward_head(final)
-    return result
-
-
-def plain_batch(
-    images: Images, indices: Tensor, device: torch.device, view: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Un-augmented images, normalised, on the device; `view` changes them, [B, 3, H, W] in [0, 1], before that."""
-    mean, std = (torch.tensor(x, device=device) for x in (images.mean, images.std))
-    squares = images.pixels.squares(indices).to(device)
-    batch = views.plain(squares, images.sides[indices], images.crop_pct, images.size)
-    return views.normalize(view(batch) if view else batch, mean, std)
-
-
-def random_batch(images: Images, indices: Tensor, device: torch.device, kind: Views, draws: views.Draws) -> Tensor:
-    """A random view of each image, normalised, on the device."""
-    mean, std = (torch.tensor(x, device=device) for x in (images.mean, images.std))
-    whole, sizes = images.pixels.windows(indices, draws.uniform)
-    return views.normalize(views.random_views(kind, whole.to(device), sizes, draws, images.size), mean, std)
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, after which every module is in the mode that it was in."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@torch.no_grad()
-def extract(
-    network: nn.Module,
-    images: Images,
-    indices: Tensor,
-    accelerator: Accelerator,
-    batch_size: int,
-    stages: Iterable[int] = (),
-    view: Callable[[Tensor], Tensor] | None = None,
-    random: tuple[Views, int] | None = None,
-) -> dict[Stage, Tensor]:
-    """Float32 features of the un-augmented images, by all processes together, on the CPU of each.
-
-    Args:
-        network: a backbone without a head, on the accelerator's device.
-        images: where the indices point.
-        indices: [n] which images.
-        accelerator: tells the processes apart.
-        batch_size: images of a forward pass, over all processes.
-        stages: whose features, beside the pooled ones.
-        view: what is done to the images, [B, 3, H, W] in [0, 1], before they are normalised.
-        random: kind and seed of a random view of each instead of the un-augmented image.
-
-    Returns:
-        [n, D] for each stage and "pooled", in the order of `indices`.
-    """
-    stages, blocks = list(stages), []
-    with evaluating(network):
-        for part in indices.split(batch_size):
-            share = -(-len(part) // accelerator.num_processes)
-            padded = part[torch.arange(share * accelerator.num_processes) % len(part)]
-            mine = padded[share * accelerator.process_index :][:share]
-            if random is None:
-                batch = plain_batch(images, mine, accelerator.device, view)
-            else:  # the same for any number of processes: each takes its rows of what is drawn for all
-                first = share * accelerator.process_index
-                drawn = views.Draws(random[1] + len(blocks), len(padded), first, first + share)
-                batch = random_batch(images, mine, accelerator.device, random[0], drawn)
-            with torch.autocast(accelerator.device.type, enabled=False):
-                found = features(network, batch, stages) if stages else {"pooled": network(batch)}
-            blocks.append({key: accelerator.gather(value.float())[: len(part)].cpu() for key, value in found.items()})
-    return {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
 
 
 def unite_norms(module: nn.Module) -> None:

@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 from . import backbone as B
 from . import proxies, recipe
+from .extraction import batches, evaluating, features, gather, share
 from .files import Refused, whole_file
 from .images import Images
 from .kmeans import assign, kmeans
@@ -28,6 +30,10 @@ from .operations import forward_flops
 from .views import FAMILIAR, View
 
 METRICS = ("agreement_of_seeds", "agreement_of_views", "nmi", "purity", "inertia")  # of a clustering, as records tell
+
+
+ROWS = 2**12  # features that are whitened at once
+LOOKED_AT = 10_000  # most training images whose clusters under two views are compared
 
 
 @dataclass
@@ -40,20 +46,45 @@ class Whitening:
     def __call__(self, features: Tensor) -> Tensor:
         return torch.nn.functional.normalize((features - self.mean) @ self.projection, dim=1)
 
+    def replace(self, features: Tensor) -> Tensor:
+        """The same, the result written over the features; in memory of its own where that is less than half."""
+        width = self.projection.shape[1]
+        for rows in features.split(ROWS):
+            rows[:, :width] = self(rows)
+        whitened = features[:, :width]
+        return whitened.clone() if 2 * width <= features.shape[1] else whitened
 
-def fit_whitening(features: Tensor, dimensions: int, power: float = 1.0) -> Whitening:
+
+def fit_whitening(
+    features: Tensor, dimensions: int, power: float = 1.0, accelerator: Accelerator | None = None
+) -> Whitening:
     """PCA whitening of [n, D] features to at most `dimensions`; 0 leaves them as they are, but for their length.
 
     Each direction is divided by its standard deviation to the `power`: 1 makes all variances equal, 0 leaves them.
     Directions of less than a millionth of the largest variance are noise of the arithmetic and are dropped.
+
+    Args:
+        features: this process's.
+        dimensions, power: as above.
+        accelerator: tells the processes apart; without one there is one alone.
     """
     width = features.shape[1]
     if dimensions == 0:
         return Whitening(torch.zeros(width), torch.eye(width))
-    mean = features.mean(0)
-    centred = features - mean
-    covariance = centred.T @ centred / max(1, len(features) - 1)
-    values, vectors = torch.linalg.eigh(covariance.double())
+
+    def whole(part: Tensor) -> Tensor:
+        """The sum over the processes, float64."""
+        if accelerator is None or accelerator.num_processes == 1:
+            return part
+        return accelerator.reduce(part.float().to(accelerator.device), "sum").cpu().double()
+
+    count = whole(torch.tensor([float(len(features))], dtype=torch.float64))
+    mean = (whole(features.sum(0, dtype=torch.float64)) / count).float()
+    scatter = torch.zeros(width, width, dtype=torch.float64)
+    for rows in features.split(ROWS):
+        centred = rows - mean
+        scatter += centred.T @ centred
+    values, vectors = torch.linalg.eigh(whole(scatter) / (count - 1).clamp(min=1))
     values, vectors = values.flip(0), vectors.flip(1)
     kept = (values > 1e-6 * values[0].clamp(min=1e-30))[:dimensions].sum().clamp(min=1)
     vectors = vectors[:, :kept]
@@ -95,15 +126,44 @@ def views_called(averaging: str, proxy: recipe.Proxy) -> tuple[View, ...]:
 
 
 def averaged(
-    network: nn.Module, images: Images, stage: int, views: tuple[View, ...], context: Context, batch_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [n, D] of every usable image: averaged over the views, of the first view, and of the last."""
-    total = first = last = None
-    for view in views:
-        found = B.extract(network, images, images.all, context.accelerator, batch_size, [stage], view)[stage]
-        total = found if total is None else total + found
-        first, last = found if first is None else first, found
-    return total / len(views), first, last
+    network: nn.Module,
+    images: Images,
+    indices: Tensor,
+    stage: int,
+    views: tuple[View, ...],
+    context: Context,
+    batch_size: int,
+    looked_at: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Features of this process's share of the images, averaged over the views, and of a few under one view alone.
+
+    Args:
+        network: whose features, on the device.
+        images: where the indices point.
+        indices: [n] which images, of all processes.
+        stage: whose features.
+        views: that are averaged over.
+        context: the run.
+        batch_size: images of a forward pass.
+        looked_at: [n] bool, the few.
+
+    Returns:
+        [share, D]; and of the few in this share, [m, D] under the first view and under the last.
+    """
+    accelerator = context.accelerator
+    looked_at = torch.zeros(len(indices), dtype=torch.bool) if looked_at is None else looked_at
+    few = share(looked_at, accelerator)
+    with evaluating(network), torch.no_grad():
+        blank = torch.zeros(1, 3, images.size, images.size, device=accelerator.device)
+        width = features(network, blank, [stage])[stage].shape[1]
+    total, kept = torch.zeros(len(few), width), {0: torch.zeros(0, width), len(views) - 1: torch.zeros(0, width)}
+    for number, view in enumerate(views):
+        for start, found in batches(network, images, indices, accelerator, batch_size, [stage], view):
+            place = slice(start, start + len(found[stage]))
+            total[place] += found[stage]
+            if number in kept:
+                kept[number] = torch.cat([kept[number], found[stage][few[place]]])
+    return total.div_(len(views)), [kept[0], kept[len(views) - 1]]
 
 
 def cluster(
@@ -118,7 +178,8 @@ def cluster(
 ) -> dict[str, Any]:
     """Make pseudo-labels of every usable image and write them to `folder`.
 
-    Centroids are fitted on the training images; those held out are only assigned.
+    Centroids are fitted on the training images; those held out are only assigned. Each process holds the features of
+    its share of both.
 
     Args:
         network: whose features are clustered, on the device.
@@ -133,43 +194,49 @@ def cluster(
     Returns:
         For each k, what clusters.json tells.
     """
-    accelerator, usable = context.accelerator, images.all
+    accelerator, train, held = context.accelerator, images.train, images.val
     stage = B.resolve_stage(network, settings.stage, "clusters.stage")
     flops = forward_flops(network, images.size)
-    mean, first, last = averaged(network, images, stage, views, context, batch_size)
+    looked_at = torch.isin(train, images.sample(train, LOOKED_AT)) if len(views) > 1 else None
+    found, two_views = averaged(network, images, train, stage, views, context, batch_size, looked_at)
+    rest, _ = averaged(network, images, held, stage, views, context, batch_size)
     # A forward pass counts a third of a training step's view (a backward pass costs about two forward ones).
-    context.spend(len(usable) * len(views) / 3, len(usable) * len(views) * flops, 0.0)
-    train = ~images.held_out[usable]
-    whitening = fit_whitening(mean[train], settings.whiten, settings.whiten_power)
-    rows, first, last = whitening(mean), whitening(first), whitening(last)
-    # In order, so that the seeding draws the same rows whatever the number of processes.
-    mine = rows[train].tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+    passes = (len(train) + len(held)) * len(views)
+    context.spend(passes / 3, passes * flops, 0.0)
+    whitening = fit_whitening(found, settings.whiten, settings.whiten_power, accelerator)
+    rows, rest, *two_views = (
+        x.to(accelerator.device)
+        for x in (whitening.replace(found), whitening.replace(rest), *(whitening(x) for x in two_views))
+    )
+    del found
     tensors = {"mean": whitening.mean, "projection": whitening.projection}
     columns: dict[str, np.ndarray] = {}
     report: dict[str, Any] = {}
+
+    def everybody(values: Tensor) -> np.ndarray:
+        return gather(values.cpu(), accelerator).numpy()
+
     for k in settings.k:
-        runs = kmeans(mine, k, key.number("kmeans", k), settings.iterations, accelerator, settings.restarts)
-        best, second = (run.centroids.cpu() for run in runs[:2])
-        labels, distances = (x.numpy() for x in assign(rows, best))
-        tensors[f"centroids_{k}"] = best
-        columns[f"label_{k}"], columns[f"distance_{k}"] = labels, distances
-        chosen = train.numpy()
+        runs = kmeans(rows, k, key.number("kmeans", k), settings.iterations, accelerator, settings.restarts)
+        best, second = (run.centroids for run in runs[:2])
+        (labels, distances), others = ([everybody(x) for x in assign(part, best)] for part in (rows, rest))
+        tensors[f"centroids_{k}"] = best.cpu()
+        columns[f"label_{k}"] = np.concatenate([labels, others[0]])
+        columns[f"distance_{k}"] = np.concatenate([distances, others[1]])
         report[str(k)] = {
             "inertia": runs[0].inertia,
             "iterations": runs[0].iterations,
             "repaired": runs[0].repaired,
-            "agreement_of_seeds": nmi(labels[chosen], assign(rows[train], second)[0].numpy()),
-            "sizes": np.bincount(labels[chosen], minlength=k).tolist(),
+            "agreement_of_seeds": nmi(labels, everybody(assign(rows, second)[0])),
+            "sizes": np.bincount(labels, minlength=k).tolist(),
         }
         if len(views) > 1:
-            one, other = (assign(x[train], best)[0].numpy() for x in (first, last))
-            report[str(k)]["agreement_of_views"] = nmi(one, other)
-        products = sum(
-            run.iterations + 1 for run in runs
-        )  # of all rows with all centroids; the last one is the seeding
-        context.spend(0.0, 2.0 * k * int(train.sum()) * rows.shape[1] * products, 0.0)
+            report[str(k)]["agreement_of_views"] = nmi(*(everybody(assign(x, best)[0]) for x in two_views))
+        # Products of all rows with all centroids; the last one is the seeding.
+        products = sum(run.iterations + 1 for run in runs)
+        context.spend(0.0, 2.0 * k * len(train) * rows.shape[1] * products, 0.0)
     if context.main:
-        write_labels(folder / "labels.parquet", images, usable, columns)
+        write_labels(folder / "labels.parquet", images, torch.cat([train, held]), columns)
         with whole_file(folder / "clusters.safetensors") as beside:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
     return report
@@ -188,13 +255,13 @@ def against_classes(path: Path, images: Images) -> dict[str, dict[str, float]]:
     return told
 
 
-def write_labels(path: Path, images: Images, usable: Tensor, columns: dict[str, np.ndarray]) -> None:
+def write_labels(path: Path, images: Images, indices: Tensor, columns: dict[str, np.ndarray]) -> None:
     """labels.parquet: index, path, and for each k the label and the distance; null where an image cannot be decoded."""
     table: dict[str, Any] = {"index": pa.array(range(len(images)), pa.int64()), "path": images.paths}
     blank = ~images.usable.numpy()
     for name, values in columns.items():
         full = np.zeros(len(images), values.dtype)
-        full[usable.numpy()] = values
+        full[indices.numpy()] = values
         kind = pa.int32() if name.startswith("label") else pa.float32()
         table[name] = pa.array(full, mask=blank).cast(kind)
     with whole_file(path) as beside:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import backbone as B
 from . import clusters, images, launch, proxies, recipe, sources
 from .command import Parser, as_timm_names, check_data, guarded, model_parser
+from .extraction import Stage, extract
 from .files import Refused, check_written, read_json, sha256_file, whole_file
 from .images import Images
 from .loop import Context
@@ -70,7 +71,7 @@ def assign(folder: Path, found: Images, context: Context, batch_size: int) -> di
     proxy = recipe.Proxy(name=read["proxy.name"], options=task.Options(**(read["proxy.options"] or {})))
     views = clusters.views_called(read["views"], proxy)
     seen = B.as_seen_by(network, found)
-    return earlier(clusters.averaged(network, seen, stage, views, context, batch_size)[0])
+    return earlier(clusters.averaged(network, seen, seen.all, stage, views, context, batch_size)[0])
 
 
 def write(
@@ -83,7 +84,7 @@ def write(
     batch_size: int,
 ) -> None:
     """index, path, features and any labels of every image; null where one could not be decoded."""
-    key: B.Stage = "pooled" if stage is None else B.resolve_stage(network, stage, "--stage")
+    key: Stage = "pooled" if stage is None else B.resolve_stage(network, stage, "--stage")
     stages = [] if stage is None else [key]
 
     place = {index: number for number, index in enumerate(found.all.tolist())}
@@ -94,7 +95,7 @@ def write(
             usable = part[found.usable[part]]
             rows: list[list[float] | None] = [None] * len(part)
             if len(usable):
-                features = B.extract(network, found, usable, context.accelerator, batch_size, stages)[key]
+                features = extract(network, found, usable, context.accelerator, batch_size, stages)[key]
                 for index, row in zip(usable.tolist(), features.numpy(), strict=True):
                     rows[index - start] = row
             columns = {

@@ -8,6 +8,7 @@ import torch
 
 from . import backbone as B
 from . import card, report
+from .extraction import plain_batch
 from .files import Failed, whole_folder, write_text
 from .images import Images
 from .recipe import Recipe
@@ -61,7 +62,7 @@ def check(hub: Path, source: Path, images: Images, count: int = 16) -> None:
     Raises:
         Failed: they differ, or weights were missing.
     """
-    batch = B.plain_batch(images, images.all[:count], torch.device("cpu"))
+    batch = plain_batch(images, images.all[:count], torch.device("cpu"))
     written, original = timm.create_model(f"local-dir:{hub}", pretrained=True).eval(), B.load(source).eval()
     weights, expected = written.state_dict(), original.state_dict()
     same = weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import backbone as B
 from . import launch, records, report
 from .command import Parser, as_timm_names, check_data, check_schedule, guarded, model_parser, named_folder, short_name
+from .extraction import extract
 from .files import (
     Refused,
     check_written,
@@ -320,7 +321,7 @@ class Keeper:
         """Accuracy on what is held out for choosing, or on the test split."""
         images = self.splits["train" if split == "val" else split]
         indices = labelled(images, images.val if split == "val" else images.all)
-        logits = B.extract(network, images, indices, self.context.accelerator, BATCH)["pooled"]
+        logits = extract(network, images, indices, self.context.accelerator, BATCH)["pooled"]
         return (logits.argmax(1) == images.labels[indices]).double().mean().item()
 
     def look(self, step: int, total: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import evaluating
+from .extraction import evaluating
 
 LARGE = 7  # side of a depthwise kernel from which on maps are better contiguous
 

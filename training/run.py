@@ -13,6 +13,7 @@ from . import backbone as B
 from . import clusters, export, figures, proxies, records, report
 from .evaluate import Over, evaluate
 from .evaluate.online import Online
+from .extraction import extract
 from .files import (
     check_written,
     read_json,
@@ -325,7 +326,7 @@ def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     sample = this.train.sample
     shown = torch.cat([sample(this.train.train, 2000), sample(this.train.val, 200)])
     found = {
-        name: B.extract(
+        name: extract(
             this.on_device(B.load(folder)), this.train, shown, this.accelerator, this.recipe.evaluate.batch_size
         )["pooled"]
         for name, folder in sides.items()

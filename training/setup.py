@@ -15,6 +15,7 @@ from torch import nn
 
 from . import backbone as B
 from . import clusters, images, proxies, records, relearn, report
+from .extraction import plain_batch
 from .files import Refused, lock_folder, nothing_left, read_json, write_json, write_text
 from .folders import escape
 from .images import Images
@@ -349,7 +350,7 @@ def _announce(run: Run, network: nn.Module) -> None:
 
 def _seconds_of_a_view(run: Run, network: nn.Module, rows: int) -> float:
     """Seconds of a view's forward and backward pass among `rows`, the faster of two after a first."""
-    batch = B.plain_batch(run.train, run.train.train[:rows], run.accelerator.device)
+    batch = plain_batch(run.train, run.train.train[:rows], run.accelerator.device)
     times = []
     for _ in range(3):
         began = time.perf_counter()

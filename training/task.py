@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import backbone as B
 from . import views
+from .extraction import evaluating
 from .images import Images
 from .operations import suited
 from .recipe import Schedule, Views
@@ -162,7 +163,7 @@ class BackboneTask(ViewTask):
 def pooled_size(backbone: nn.Module, size: int) -> int:
     """Number of pooled features; timm's num_features is another thing where a head has a hidden layer."""
     device = next(backbone.parameters()).device
-    with B.evaluating(backbone), torch.no_grad():
+    with evaluating(backbone), torch.no_grad():
         return backbone(torch.zeros(1, 3, size, size, device=device)).shape[1]
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .. import backbone as B
 from .. import recipe
+from ..extraction import Stage, extract
 from ..images import Images
 from ..loop import Context
 from . import knn, label_free, linear, lowshot, rankme
 
-Stage = B.Stage
 Splits = tuple[Images, Images | None]
 UNEQUAL = 1.5  # a class as many times as large as another: balanced accuracy is told beside top-1
 
@@ -68,7 +68,7 @@ def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context:
     def features(
         images: Images, indices: Tensor, view: Callable | None = None, random: Any = None
     ) -> dict[Stage, Tensor]:
-        rows = B.extract(network, images, indices, context.accelerator, settings.batch_size, stages, view, random)
+        rows = extract(network, images, indices, context.accelerator, settings.batch_size, stages, view, random)
         return {stage: value for stage, value in rows.items() if stage != "pooled" or twin is None}
 
     parts = parts_of(over.splits, settings)

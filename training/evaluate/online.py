@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backbone as B
 from .. import recipe
+from ..extraction import extract
 from ..images import Images
 from ..loop import Context, steps_of
 from . import knn, label_free, linear, rankme
@@ -60,7 +60,7 @@ class Online:
     def _features(self, network: nn.Module, indices: Tensor, seed: int | None = None) -> Tensor:
         views = None if seed is None else (self.views, seed)
         accelerator, batch = self.context.accelerator, self.settings.batch_size
-        return B.extract(network, self.images, indices, accelerator, batch, random=views)["pooled"]
+        return extract(network, self.images, indices, accelerator, batch, random=views)["pooled"]
 
     def _probes(self, network: nn.Module, held: Tensor) -> dict[str, float]:
         labels, classes = self.images.labels, len(self.images.label_names)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from torch import Tensor, nn
 
-from .. import backbone as B
 from .. import recipe
+from ..extraction import evaluating
 from ..files import Refused
 from ..images import Images
 from ..recipe import Views
@@ -48,7 +48,7 @@ class SimMIM(Proxy):
             raise Refused(
                 f"proxy.options.patch: {self.patch} px leave fewer than four patches in an image of {self.size} px."
             )
-        with torch.no_grad(), B.evaluating(backbone):
+        with torch.no_grad(), evaluating(backbone):
             last = self._map(torch.zeros(1, 3, self.size, self.size))[0]
         self.stride = -(-self.size // last.shape[2])
         self.token = nn.Parameter(torch.zeros(3, 1, 1))
