@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
 from . import arms as A
 from . import backbone as B
 from . import contrast, launch, proxies, records, setup
 from .command import Parser, from_values, guarded, parser
 from .files import Diverged, Refused, lock_folder, nothing_left, whole_folder, write_text
+from .limits import NonNegativeInt, PositiveFloat
 from .loop import Context
 from .recipe import Recipe, to_yaml
 from .run import run

@@ -9,12 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    PositiveFloat,
-    restricted_number_type,
-)
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -37,13 +31,13 @@ from .files import (
 )
 from .images import Images, write_bad
 from .launch import Key, seed_all
+from .limits import BelowOne, ClosedUnitInterval, NonNegativeFloat, PositiveFloat, Share
 from .loop import Context, steps_of, train
 from .operations import suited
-from .recipe import BelowOne, Data, Model, Running, Schedule, Views, flatten
+from .recipe import Data, Model, Running, Schedule, Views, flatten
 from .setup import check_fits, check_split, load_for, refuse_other
 from .task import Batch, ViewTask, accuracy
 
-Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 BATCH = 512  # images of a forward pass that measures
 
 

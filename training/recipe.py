@@ -12,20 +12,21 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import set_parsing_settings
-from jsonargparse.typing import (
+
+from .limits import (
+    BelowOne,
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
-    restricted_number_type,
+    Restarts,
+    Stage,
 )
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-Restarts = restricted_number_type("Restarts", int, (">=", 2))
-BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"]
 
 
@@ -69,7 +70,7 @@ class Data:
     val_fraction: OpenUnitInterval | None = None
     """Share of the split held out from all training, on which settings may be chosen; without it a tenth, unless a
     validation split beside a test split is what is held out."""
-    split_seed: int = 0
+    split_seed: NonNegativeInt = 0
     """Draws limit and the held-out part; never the run's seed, so that all runs hold out the same."""
     max_bad_fraction: ClosedUnitInterval = 0.01
     """Share of images that may fail to decode before the run stops."""
@@ -181,7 +182,7 @@ class Clusters:
 
     source: Literal["backbone", "random", "labels"] = "backbone"
     """What is clustered: the backbone's features; an untrained network's; or nothing, the true labels are taken."""
-    stage: int = -2
+    stage: Stage = -2
     """Stage whose features are clustered, an index into timm's feature_info."""
     average: Literal["auto", "nuisance", "familiar", "none"] = "auto"
     """Views that features are averaged over: the proxy's nuisance views; flips and crops, which relearning makes
@@ -204,7 +205,7 @@ class Relearn(Schedule):
 
     rounds: NonNegativeInt = 1
     """Passes of phases 2 and 3; 0 ends with the proxy's backbone."""
-    split: int = -3
+    split: Stage = -3
     """Last stage of the low part, an index into timm's feature_info."""
     reinit: Literal["high", "all", "none"] = "high"
     """Which part starts from new random weights."""

@@ -6,12 +6,12 @@ Invariant to its views, so that nothing is left to average over.
 from dataclasses import dataclass
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from .. import recipe
 from ..images import Images
 from ..launch import gather_rows
+from ..limits import PositiveFloat, PositiveInt
 from ..task import Batch, full
 from .proxy import Proxy
 from .simclr import strong_views

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveInt
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import recipe
 from ..images import Images
-from ..recipe import BelowOne
+from ..limits import BelowOne, PositiveInt
 from ..task import Batch, full, mlp
 from .proxy import Proxy
 from .simclr import strong_views

@@ -10,13 +10,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from .. import backbone as B
 from .. import recipe, views
 from ..files import Refused
 from ..images import Images
+from ..limits import PositiveFloat, PositiveInt
 from ..operations import forward_flops
 from ..recipe import Model, Views
 from ..task import Batch, full, pooled_size

@@ -10,13 +10,13 @@ from itertools import islice, permutations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from .. import recipe, views
 from ..files import Refused
 from ..images import Images
-from ..recipe import BelowOne, Views
+from ..limits import BelowOne, PositiveInt
+from ..recipe import Views
 from ..task import Batch, accuracy, full
 from .proxy import Proxy
 

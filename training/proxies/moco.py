@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import recipe
 from ..images import Images
-from ..recipe import BelowOne
+from ..limits import BelowOne, PositiveFloat, PositiveInt
 from ..task import Batch, full
 from .proxy import Proxy, Queue
 from .simclr import strong_views

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from .. import recipe
 from ..images import Images
 from ..launch import gather_rows
-from ..recipe import BelowOne, Views
+from ..limits import BelowOne, NonNegativeInt, PositiveFloat, PositiveInt
+from ..recipe import Views
 from ..task import Batch, accuracy, full
 from .proxy import Proxy
 

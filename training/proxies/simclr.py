@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from .. import recipe
 from ..images import Images
 from ..launch import first_row, gather_rows
+from ..limits import PositiveFloat, PositiveInt
 from ..recipe import Views
 from ..task import Batch, full
 from .proxy import Proxy

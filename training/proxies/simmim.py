@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from torch import Tensor, nn
 
 from .. import recipe
 from ..extraction import evaluating
 from ..files import Refused
 from ..images import Images
+from ..limits import OpenUnitInterval, PositiveInt
 from ..recipe import Views
 from ..task import Batch, full
 from .proxy import Proxy
