@@ -60,6 +60,17 @@ def test_a_run_is_a_name_under_runs_or_a_path():
         (["--proxy.accumulate", "3"], "proxy.accumulate"),
         (["--precision", "fp8"], "precision"),
         (["--log.tracker", "paper"], "log.tracker"),
+        (["--proxy.epochs", "inf"], "proxy.epochs"),
+        (["--proxy.warmup", "nan"], "proxy.warmup"),
+        (["--proxy.batch_size", "1" + "0" * 23], "proxy.batch_size"),
+        (["--relearn.rounds", "1e308"], "relearn.rounds"),
+        (["--data.split_seed", "-2"], "data.split_seed"),
+        (["--evaluate.linear_c", "[1e-300,1]"], "evaluate.linear_c"),
+        (["--evaluate.linear_c", "[1,1e300]"], "evaluate.linear_c"),
+        (["--model.args", "{channels:[16]}"], "a space after each colon"),
+        (["--epochs", "5"], "did you mean --proxy.epochs or --relearn.epochs?"),
+        (["--data.pth", "x"], "did you mean --data.path?"),
+        (["--proxy.batch-size=5"], "did you mean --proxy.batch_size"),
     ],
 )
 def test_what_is_wrong_is_refused_naming_the_field(arguments, named):
@@ -96,3 +107,38 @@ def test_every_field_is_explained():
     for option in set(fields(recipe.Recipe, "")) - {"proxy.options"}:  # each task's own
         block = " ".join(explained[option].split())
         assert re.search(r"[a-z]{2,}[^()]* [^()]*\. (\(|$)|[a-z]{2,} .*\(type:", block), option
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"proxy: {epochs: \xff}", "no text in UTF-8"),
+        (b"proxy: {epochs: 1", "cannot be read as YAML"),
+        (b"data: &a [*a]", "aliases are not read"),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "aliases are not read"),
+        (b"seed: 1\nseed: 2", "a key is given twice"),
+        (b"proxy: {views: {flip: 0.1, flip: 0.2}}", "a key is given twice"),
+        (b"[" * 5000, "nested too deeply"),
+        (b"proxy: 5", "proxy has fields of its own"),
+        (b"- 1", "has no fields"),
+        (b"", "has no fields"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text)
+    with pytest.raises(Refused) as error:
+        command.parse(["--config", str(path), "--data.path", "digits"])
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_value_deep_in_a_file_names_its_field(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("proxy: {views: {flip: 2}}")
+    with pytest.raises(Refused, match=r"^proxy\.views\.flip: "):
+        command.parse(["--config", str(path), "--data.path", "digits"])
+    path.write_text("proxy: {views: {flap: 0.2}}")
+    with pytest.raises(Refused, match=r"no field proxy\.views\.flap; did you mean --proxy\.views\.flip"):
+        command.parse(["--config", str(path), "--data.path", "digits"])

@@ -1,6 +1,7 @@
 """What commands share: parsers, recipes from a command line, one sentence and an exit status for what stops them."""
 
 import dataclasses
+import difflib
 import errno
 import re
 import sys
@@ -32,7 +33,20 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         text = re.sub(r"\s+", " ", str(message)).strip()
         text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
-        raise Refused(f"{text} (see --help)") from ex
+        text = re.sub(r"^Group '(.+)' does not accept option '(.+)'$", r"there is no field \1.\2", text)
+        mapping = r"\1: \2 is no mapping; YAML wants a space after each colon, as in {channels: [16, 32]}"
+        text = re.sub(r"^(\S+): Expected a <class 'dict'>\. Got value: (.+)$", mapping, text)
+        unknown = re.match(r"unrecognized arguments: --([^ =]+)|there is no field (.+)", text)
+        hint = self.near(next(filter(None, unknown.groups()))) if unknown else ""
+        raise Refused(f"{text}{hint} (see --help)") from ex
+
+    def near(self, name: str) -> str:
+        """What an option that does not exist may have meant, as the end of a sentence."""
+        known = [option[2:] for option in self._option_string_actions if option[:2] == "--" and option[-1] != "+"]
+        name = name.replace("-", "_")
+        found = [option for option in known if option.split(".")[-1] == name]
+        found = found or difflib.get_close_matches(name, known, 2, 0.8)
+        return f"; did you mean {' or '.join(f'--{option}' for option in found)}?" if found else ""
 
 
 def model_parser(name: str, description: str, options: str) -> Parser:
@@ -74,7 +88,11 @@ def parser(
 
 
 def proxy_name(arguments: Sequence[str]) -> str:
-    """The proxy task that a command line names, in a file or by ``--proxy.name``; what comes last counts."""
+    """The proxy task that a command line names, in a file or by ``--proxy.name``; what comes last counts.
+
+    Raises:
+        Refused: a file is no recipe.
+    """
     name, given = Proxy().name, iter(arguments)
     for argument in given:
         option, mark, value = argument.partition("=")
@@ -83,13 +101,48 @@ def proxy_name(arguments: Sequence[str]) -> str:
         value = value if mark else next(given, "")
         if option == "--proxy.name":
             name = value
-            continue
-        try:
-            proxy = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get("proxy") or {}
-            name = str(proxy.get("name", name))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
-            pass  # what is wrong with the file, the parser tells
+        elif Path(value).is_file():  # if not, the parser says so
+            name = str(load_recipe(Path(value)).get("proxy", {}).get("name", name))
     return name
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, with which a short file can hold itself, or more than memory; no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        made = super().construct_mapping(node, deep)
+        if len(made) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+        return made
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a recipe, as its file has them.
+
+    Raises:
+        Refused: it is no text, no YAML, or has no fields.
+    """
+    try:
+        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise Refused(f"--config: {path} is no text in UTF-8.") from error
+    except RecursionError as error:
+        raise Refused(f"--config: {path} is nested too deeply.") from error
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise Refused(f"--config: {path} cannot be read as YAML: {text}") from error
+    if not isinstance(fields, dict):
+        raise Refused(f"--config: {path} has no fields, such as `proxy: {{epochs: 5}}`.")
+    groups = {field.name for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.type)}
+    for name, value in fields.items():
+        if name in groups and not isinstance(value, dict):
+            raise Refused(f"--config: {path}: {name} has fields of its own, and {value!r} is none of them.")
+    return fields
 
 
 def parse(arguments: Sequence[str]) -> Recipe:
