@@ -1,7 +1,7 @@
 """Entrypoints: stock architectures of timm with weights made by SSL++ (Chen et al., IEEE TIP 2022).
 
 Each builds one of timm's own architectures with a few keywords set, so that every keyword of timm works on it. Those
-ending in `_s32` are made for small images: their maps shrink less. All are headless; ``num_classes=10`` adds a head.
+ending in `_s32` are made for images of 32 px. All are headless; ``num_classes=10`` adds a head.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def _cfg(name: str, **fields: Any) -> dict[str, Any]:
 _SOURCES = ("file", "state_dict", "hf_hub_id", "url")
 _CIFAR10 = {
     "input_size": (3, 32, 32),
-    "pool_size": (2, 2),  # of both networks: every 16th pixel
+    "pool_size": (2, 2),
     "mean": (0.4911, 0.4821, 0.4465),
     "std": (0.2453, 0.2428, 0.2607),
 }
@@ -46,6 +46,12 @@ default_cfgs = generate_default_cfgs(
     {
         name: _cfg(name, **fields)
         for name, fields in {
+            "sslpp_resnet10t_s32.rotation_c10": {
+                **_CIFAR10,
+                "input_size": (3, 36, 36),
+                "first_conv": "conv1.0",
+                "classifier": "fc",
+            },
             "sslpp_resnet18_s32.rotation_c10": {**_CIFAR10, "first_conv": "conv1", "classifier": "fc"},
             "sslpp_convnext_atto_s32.rotation_c10": {**_CIFAR10, "first_conv": "stem.0", "classifier": "head.fc"},
         }.items()
@@ -58,6 +64,13 @@ def sslpp_resnet18_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 of half the usual width whose last stage is dilated instead of strided; 2.8 M parameters."""
     args = {"channels": (32, 64, 128, 256), "output_stride": 16}
     return _create("sslpp_resnet18_s32", "resnet18", args, pretrained, **kwargs)
+
+
+@register_model
+def sslpp_resnet10t_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-10 with a deep stem, of half the usual width, for 32 px enlarged to 36; 1.2 M parameters."""
+    args = {"channels": (32, 64, 128, 256), "stem_width": 16}
+    return _create("sslpp_resnet10t_s32", "resnet10t", args, pretrained, **kwargs)
 
 
 @register_model
