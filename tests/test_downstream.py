@@ -26,7 +26,7 @@ def test_a_unet_over_it_starts_from_its_weights_and_learns(name, depth):
     depth = min(depth, len(timm.create_model(name).feature_info))
     widths = (64, 32, 16, 16, 8)[:depth]
     torch.manual_seed(0)
-    network = smp.Unet(f"tu-{name}", encoder_depth=depth, decoder_channels=widths, classes=2)
+    network = smp.Unet(f"tu-{name}", encoder_weights=True, encoder_depth=depth, decoder_channels=widths, classes=2)
     backbone = timm.create_model(name, pretrained=True)
     first = f"{backbone.pretrained_cfg['first_conv']}.weight"
     taken = {tuple(value.shape): value for value in network.encoder.state_dict().values()}
