@@ -1,6 +1,7 @@
 """Files are whole or not there."""
 
 import pytest
+import torch
 
 from training import files
 
@@ -66,3 +67,9 @@ def test_a_locked_folder_is_refused_until_its_holder_is_gone(tmp_path):
         files.lock_folder(tmp_path)
     held.close()
     files.lock_folder(tmp_path).close()
+
+
+def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path):
+    files.save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").write_text("")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode

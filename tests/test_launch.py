@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 
-from training import launch
+from training import launch, proxies, setup
 from training.files import Refused
 from training.operations import suited
+from training.recipe import Data, Recipe
 
 
 def test_a_signal_outside_the_loop_ends_the_run_at_once():
@@ -66,6 +67,20 @@ def test_precision_is_what_the_cpu_has_units_for_and_does_right(monkeypatch, uni
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert launch.resolve_precision("auto", fits) == expected
     assert launch.resolve_precision("bf16", fits) == "bf16"
+
+
+def test_precision_is_right_for_what_a_task_makes_of_an_image(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    network = timm.create_model("test_resnet")  # tiles of 25 px are smaller than its stride
+
+    def found(task, other=None):
+        own = {"path": "digits", "size": 64}
+        made = Recipe(run="none", data=Data(**own), proxy=proxies.settings(task, options=None))
+        return setup.run_precision(made, network, other and proxies.settings(other))
+
+    assert (found("rotation"), found("jigsaw"), found("rotation", "jigsaw")) == ("bf16", "fp32", "fp32")
 
 
 def test_processes_that_cannot_find_each_other_are_refused(monkeypatch, tmp_path):

@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 from accelerate.utils import broadcast
-from safetensors.torch import save_file
 from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sslpp_models as sslpp_models  # registers the entrypoints
 
 from .extraction import features, plain_batch
-from .files import Refused, sha256_file
+from .files import Refused, save_tensors, sha256_file
 from .images import Images
 from .recipe import Model
 
@@ -254,7 +253,7 @@ def save(network: nn.Module, folder: Path, images: Images, tag: str = "", licens
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(state, folder / "model.safetensors", {"format": "pt"})
     return sha256_file(folder / "model.safetensors")
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .files import read_json, sha256_file, sha256_json, whole_folder, write_json
+from .files import read_json, save_tensors, sha256_file, sha256_json, whole_folder, write_json
 
 KEPT = 2
 
@@ -72,7 +72,7 @@ class Checkpoints:
                     others.setdefault(str(number), {})[key] = value
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         with whole_folder(self.folder / f"{name}_{state['step']:08d}") as beside:
-            save_file(tensors, beside / "state.safetensors")
+            save_tensors(tensors, beside / "state.safetensors")
             digest = sha256_file(beside / "state.safetensors")
             told = {**state, "phase": name, "optimizer": others, "sha256": digest}
             write_json(beside / "state.json", {**told, "state_sha256": sha256_json(told)})

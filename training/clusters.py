@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 from . import backbone as B
 from . import proxies, recipe
 from .extraction import batches, evaluating, features, gather, share
-from .files import Refused, whole_file
+from .files import Refused, save_tensors, whole_file
 from .images import Images
 from .kmeans import assign, kmeans
 from .launch import Key
@@ -238,7 +238,7 @@ def cluster(
     if context.main:
         write_labels(folder / "labels.parquet", images, torch.cat([train, held]), columns)
         with whole_file(folder / "clusters.safetensors") as beside:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
+            save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
     return report
 
 

@@ -178,7 +178,7 @@ def compare(
     folder = Path(recipe.run)
     recipe = copy.deepcopy(recipe)
     network = B.create(recipe.model, recipe.data.size, pretrained=False)
-    recipe.precision = setup.run_precision(recipe, network)
+    recipe.precision = setup.run_precision(recipe, network, proxies.settings(other) if other else None)
     accelerator = launch.start(recipe.precision, None, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     with nothing_left(folder):

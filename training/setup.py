@@ -22,7 +22,7 @@ from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
 from .operations import dead_taps, suited
-from .recipe import READS, Data, Recipe, Schedule, phase_fields, to_yaml
+from .recipe import READS, Data, Proxy, Recipe, Schedule, phase_fields, to_yaml
 
 Splits = tuple[Images, Images | None]
 Read = tuple[Splits, dict[str, Splits]]  # the images, and other data sets by name
@@ -141,13 +141,18 @@ def refuse_other(marker: Path, read: dict[str, Any]) -> None:
             )
 
 
-def run_precision(recipe: Recipe, network: nn.Module) -> str:
-    """`auto` as the run folder has it, so that a run goes on as it began, else as the device likes it."""
+def run_precision(recipe: Recipe, network: nn.Module, other: Proxy | None = None) -> str:
+    """`auto` as the run folder has it, so that a run goes on as it began, else as the device likes it.
+
+    `other` is another proxy task that is trained in the same precision.
+    """
     asked, before = recipe.precision, Path(recipe.run) / "recipe.yaml"
     if asked == "auto" and before.exists():
         lines = before.read_text(encoding="utf-8").splitlines()
         asked = next((line.split(": ")[1] for line in lines if line.startswith("precision: ")), asked)
-    return resolve_precision(asked, suited(network, recipe.data.size)[1])
+    tasks = [task for task in (recipe.proxy, other) if task and task.epochs]
+    sides = [recipe.data.size, *(proxies.side(task, recipe.data.size) for task in tasks)]
+    return resolve_precision(asked, suited(network, min(sides))[1])
 
 
 def load_images(recipe: Recipe, network: nn.Module, context: Context) -> Read:

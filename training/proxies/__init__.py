@@ -79,6 +79,11 @@ def seen(proxy: recipe.Proxy, backbone: nn.Module, size: int) -> float:
     return find(proxy.name).seen(options(proxy), backbone, size)
 
 
+def side(proxy: recipe.Proxy, size: int) -> int:
+    """Side, px, of what the backbone is given of an image of `size` px."""
+    return find(proxy.name).side(options(proxy), size)
+
+
 def check(proxy: recipe.Proxy) -> None:
     """Refuse settings that the task cannot be trained with.
 

@@ -107,10 +107,14 @@ class Tiles(Proxy):
     def residue(options: Options) -> tuple[views.View, ...]:
         return some_orders(options.grid)
 
+    @staticmethod
+    def side(options: Options, size: int) -> int:
+        return tile_side(options.grid, options.gap, size)
+
     @classmethod
     def share(cls, options: Options, tiles: int, size: int) -> float:
         """Pixels of `tiles` tiles as a share of an image's."""
-        return tiles * tile_side(options.grid, options.gap, size) ** 2 / size**2
+        return tiles * cls.side(options, size) ** 2 / size**2
 
 
 class Jigsaw(Tiles):

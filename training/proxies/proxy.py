@@ -51,6 +51,11 @@ class Proxy(BackboneTask):
         return ()
 
     @staticmethod
+    def side(options: Any, size: int) -> int:
+        """Side, px, of what the backbone is given of an image of `size` px."""
+        return size
+
+    @staticmethod
     def seen(options: Any, backbone: nn.Module, size: int) -> float:
         """Views of an image that a step passes forward and backward; a forward pass alone counts a third."""
         return 1.0
