@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
@@ -120,6 +121,7 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
         raise Refused("precision: fp16 needs a GPU; choose auto, fp32 or bf16.")
     if tracker and tracker not in {kind.value for kind in get_available_trackers()}:
         raise Refused(f"log.tracker: {tracker} is not installed; install its package, or leave log.tracker out.")
+    AcceleratorState._reset_state()  # one for all of a process, precision included; the processes' group stays
     accelerator = Accelerator(
         cpu=no_device,
         mixed_precision={"fp32": "no"}.get(precision, precision),
