@@ -15,12 +15,12 @@ from tests.conftest import make_images
 from training import backbone as B
 from training import clusters as C
 from training import command, operations
-from training.extraction import features, plain_batch
+from training.extraction import extract, features, plain_batch
 from training.files import Refused
 from training.launch import Key
 from training.pixels import Pixels
 from training.proxies.rotation import Rotation
-from training.recipe import Clusters, Model
+from training.recipe import Clusters, Model, Views
 
 
 def network(size=16):
@@ -91,6 +91,20 @@ def test_features_are_averaged_over_the_nuisance_views(tiny, context):
     assert torch.allclose(mean, torch.stack(each).mean(0), atol=1e-5)
     assert torch.allclose(first, each[0][looked_at], atol=1e-5)
     assert torch.allclose(last, each[-1][looked_at], atol=1e-5)
+
+
+def test_the_leading_stage_is_the_one_where_two_views_of_an_image_find_each_other(tiny, context):
+    given = (network(), tiny, tiny.val, context.accelerator, 16, range(5))
+    views = [extract(*given, random=(Views(), seed)) for seed in (1, 2)]
+    shares = []
+    for stage in range(5):
+        hits = 0
+        for i, row in enumerate(views[0][stage]):
+            near = [torch.cosine_similarity(row, other, dim=0) for other in views[1][stage]]
+            hits += max(range(len(near)), key=near.__getitem__) == i
+        shares.append(hits)
+    assert len(set(shares)) > 1
+    assert C.leading_stage(network(), tiny, context, 16) == shares.index(max(shares))
 
 
 def test_averaged_features_do_not_know_the_rotation(tiny, context):

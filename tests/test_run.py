@@ -14,7 +14,7 @@ import timm
 import torch
 
 from tests.conftest import ROOT, TINY_RUN, call, write_png
-from training import command, embed, recipe, records
+from training import clusters, command, embed, recipe, records
 from training import run as R
 from training.__main__ import main
 from training.evaluate import __main__ as evaluate
@@ -393,6 +393,19 @@ def test_evaluate_finds_the_figures_of_the_run_again(finished, picture_folder, t
     assert done.stdout.count("hub") == 6
     refused = call(evaluate.main, folder / "hub", *options, "--residue", "none")
     assert (refused.returncode, "there is no task 'none'" in refused.stderr) == (2, True)
+
+
+def test_stages_that_are_chosen_without_labels_are_told_and_used(picture_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(clusters, "leading_stage", lambda *args: 4)
+    auto = ["--clusters.stage", "auto", "--relearn.split", "auto"]
+    done = train(tmp_path / "run", picture_folder, *auto)
+    assert done.returncode == 0, done.stderr
+    made = [read_json(tmp_path / "run" / "round_1" / f"{name}.json") for name in ("clusters", "relearn")]
+    assert (made[0]["stage"], made[1]["split"]) == (4, 3)  # something is left to relearn
+    rows = records.read(tmp_path / "run" / "records.jsonl")
+    assert {row["stage"] for row in rows if row["protocol"] == "clusters"} == {4}
+    assert "relearn.split: stage 3 was chosen" in done.stdout
+    assert "a stage that was chosen without labels" in (tmp_path / "run" / "hub" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -112,8 +112,9 @@ def what(recipe: Recipe, records: report.Records, arm: str) -> str:
         steps.append(f"by the proxy task {recipe.proxy.name}, without labels")
     if relearn.rounds:
         labels = "the true labels" if recipe.clusters.source == "labels" else "clusters of features, without labels"
+        last = "a stage that was chosen without labels" if relearn.split == "auto" else f"stage {relearn.split}"
         kept = {
-            "high": f"keeping the low layers (up to stage {relearn.split}) and re-initialising the high ones",
+            "high": f"keeping the low layers (up to {last}) and re-initialising the high ones",
             "all": "re-initialising every layer",
             "none": "re-initialising nothing",
         }[relearn.reinit]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from . import backbone as B
 from . import proxies, recipe
-from .extraction import batches, evaluating, features, gather, share
+from .evaluate import label_free
+from .extraction import batches, evaluating, extract, features, gather, share
 from .files import Refused, save_tensors, whole_file
 from .images import Images
 from .kmeans import assign, kmeans
@@ -123,6 +124,21 @@ def views_of(recipe: recipe.Recipe, number: int) -> tuple[View, ...]:
 def views_called(averaging: str, proxy: recipe.Proxy) -> tuple[View, ...]:
     """The views of an averaging: "nuisance", which is "none" for a task that is covariant with nothing, and so on."""
     return {"nuisance": proxies.nuisance(proxy), "familiar": FAMILIAR, "none": ()}[averaging] or FAMILIAR[:1]
+
+
+def leading_stage(network: nn.Module, images: Images, context: Context, batch_size: int) -> int:
+    """The stage whose features of a strong view of held-out images find another view of the same image most often.
+
+    Of the scores without labels it agrees best with probes over runs (hub_configs/tasks_c10); the first of equals.
+    """
+    stages, shown = B.stage_list(network), images.sample(images.val, label_free.IMAGES)
+    one, other = (
+        extract(network, images, shown, context.accelerator, batch_size, stages, random=(recipe.Views(), seed))
+        for seed in (1, 2)
+    )
+    unit = torch.nn.functional.normalize
+    found = {stage: label_free.retrieval(unit(one[stage], dim=1), unit(other[stage], dim=1)) for stage in stages}
+    return max(found, key=found.get)
 
 
 def averaged(

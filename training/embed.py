@@ -60,13 +60,14 @@ def assign(folder: Path, found: Images, context: Context, batch_size: int) -> di
     """Labels and distances of an earlier clustering, by the features of the backbone that it was made from."""
     earlier = clusters.Clustered(folder)
     check_written(folder / "clusters.json")
-    read = read_json(folder / "clusters.json")["read"]
+    made = read_json(folder / "clusters.json")
+    read = made["read"]
     beside = [path for path in folder.parent.iterdir() if (path / "model.safetensors").exists()]
     source = next((path for path in beside if sha256_file(path / "model.safetensors") == read["backbone"]), None)
     if source is None or read["clusters.source"] != "backbone":
         raise Refused(f"--clusters: the backbone whose features {folder} clusters is not beside it.")
     network = B.load(source).to(context.accelerator.device)
-    stage = B.resolve_stage(network, read["clusters.stage"], "clusters.stage")
+    stage = B.resolve_stage(network, made.get("stage", read["clusters.stage"]), "clusters.stage")
     task = proxies.find(read["proxy.name"])
     proxy = recipe.Proxy(name=read["proxy.name"], options=task.Options(**(read["proxy.options"] or {})))
     views = clusters.views_called(read["views"], proxy)

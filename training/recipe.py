@@ -182,8 +182,9 @@ class Clusters:
 
     source: Literal["backbone", "random", "labels"] = "backbone"
     """What is clustered: the backbone's features; an untrained network's; or nothing, the true labels are taken."""
-    stage: Stage = -2
-    """Stage whose features are clustered, an index into timm's feature_info."""
+    stage: Stage | Literal["auto"] = -2
+    """Stage whose features are clustered, an index into timm's feature_info; auto: the one that does best by a score
+    that needs no labels, the retrieval of an image by another view of it."""
     average: Literal["auto", "nuisance", "familiar", "none"] = "auto"
     """Views that features are averaged over: the proxy's nuisance views; flips and crops, which relearning makes
     familiar; auto: nuisance where the proxy was trained in this run and nothing is relearned yet, else familiar."""
@@ -205,8 +206,9 @@ class Relearn(Schedule):
 
     rounds: NonNegativeInt = 1
     """Passes of phases 2 and 3; 0 ends with the proxy's backbone."""
-    split: Stage = -3
-    """Last stage of the low part, an index into timm's feature_info."""
+    split: Stage | Literal["auto"] = -3
+    """Last stage of the low part, an index into timm's feature_info; auto: the one that does best by that score, but
+    the last."""
     reinit: Literal["high", "all", "none"] = "high"
     """Which part starts from new random weights."""
     keep: BelowOne = 0.0

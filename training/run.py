@@ -1,5 +1,6 @@
 """A run: proxy, then rounds of clusters and relearning, then what was gained. What exists already is not done again."""
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -197,12 +198,20 @@ def phase_clusters(this: Run, source: Path, number: int) -> None:
             clusters.from_classes(this.train, this.context, folder)
             return {}
         network = this.untrained() if settings.source == "random" else this.on_device(B.load(source))
+        stage = resolved(this, network, settings.stage, "clusters.stage")
         views, key = clusters.views_of(this.recipe, number), this.key("clusters", number)
         told = clusters.cluster(
-            network, this.train, settings, views, key, this.context, this.recipe.evaluate.batch_size, folder
+            network,
+            this.train,
+            dataclasses.replace(settings, stage=stage),
+            views,
+            key,
+            this.context,
+            this.recipe.evaluate.batch_size,
+            folder,
         )
         this.context.spend(0, 0, time.perf_counter() - began)
-        return {"clusterings": told}
+        return {"stage": stage, "clusterings": told}
 
     once(this, folder / "clusters.json", read, cluster)
 
@@ -212,11 +221,13 @@ def phase_relearn(this: Run, source: Path, number: int) -> Path:
     folder, settings = this.folder / f"round_{number}", this.recipe.relearn
     read = reads(this, "relearn", backbone=source / "model.safetensors", labels=folder / "labels.parquet")
 
-    def learn() -> None:
+    def learn() -> dict[str, Any]:
+        before = this.on_device(B.load(source))
+        split = resolved(this, before, settings.split, "relearn.split", below=1)
         network = relearn(
-            this.on_device(B.load(source)),
+            before,
             this.recipe.model,
-            settings,
+            dataclasses.replace(settings, split=split),
             *clusters.read_labels(folder / "labels.parquet", settings.drop),
             this.train,
             this.key("relearn", number),
@@ -225,9 +236,20 @@ def phase_relearn(this: Run, source: Path, number: int) -> Path:
             lambda task, count: watch(this, settings, task, count),
         )
         keep(this, network, folder)
+        return {"split": split}
 
     once(this, folder / "relearn.json", read, learn)
     return folder
+
+
+def resolved(this: Run, network: nn.Module, stage: int | str, field: str, below: int = 0) -> int:
+    """A stage of a field as its index; auto is the leading one, at most the last but `below`."""
+    if stage != "auto":
+        return B.resolve_stage(network, stage, field)
+    found = clusters.leading_stage(network, this.train, this.context, this.recipe.evaluate.batch_size)
+    found = min(found, len(B.stage_list(network)) - 1 - below)
+    this.context.say(f"{field}: stage {found} was chosen")
+    return found
 
 
 def watch(this: Run, schedule: Schedule, task: ViewTask, count: int) -> Callable[[int, int], dict[str, float]]:
@@ -288,7 +310,7 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
         }
         source = this.recipe.data.called
         if number:
-            found += cluster_records(this, network, folders[-1])
+            found += cluster_records(this, folders[-1])
             figures.contact_sheet(folders[-1] / "clusters.png", this.train, folders[-1] / "labels.parquet")
         own = over.data(source, "train")
         rows = [{**shared, **row, "data": over.data(row.pop("of", source), row["split"]), **cost} for row in found]
@@ -304,10 +326,10 @@ def classes_fingerprint(images: Images) -> str:
     return B.fingerprint({} if images.labels is None else {" ".join(images.label_names): images.labels})
 
 
-def cluster_records(this: Run, network: nn.Module, folder: Path) -> list[dict[str, Any]]:
+def cluster_records(this: Run, folder: Path) -> list[dict[str, Any]]:
     """How stable a round's pseudo-labels are, and how close to the classes, as records of the training images."""
-    stage = B.resolve_stage(network, this.recipe.clusters.stage, "clusters.stage")
-    told = read_json(folder / "clusters.json").get("clusterings", {})
+    marker = read_json(folder / "clusters.json")
+    told, stage = marker.get("clusterings", {}), marker.get("stage")
     for k, values in clusters.against_classes(folder / "labels.parquet", this.train).items():
         told.get(k, {}).update(values)
     shared = {"stage": stage, "protocol": "clusters", "split": "train"}

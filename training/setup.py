@@ -104,8 +104,10 @@ def prepare(
     folder, recipe = Path(recipe.run), copy.deepcopy(recipe)
     network = B.create(recipe.model, recipe.data.size, pretrained=False)
     recipe.precision = run_precision(recipe, network)
-    relearn.split(network, recipe.relearn, recipe.data.size)
-    B.resolve_stage(network, recipe.clusters.stage, "clusters.stage")
+    if recipe.relearn.split != "auto":
+        relearn.split(network, recipe.relearn, recipe.data.size)
+    if recipe.clusters.stage != "auto":
+        B.resolve_stage(network, recipe.clusters.stage, "clusters.stage")
     for marker in folder.glob("*/*.json"):
         if marker.stem in READS:
             refuse_other(marker, phase_fields(recipe, marker.stem))
