@@ -22,8 +22,9 @@ class MoCo(Proxy):
     """InfoNCE, eq. 1 of the first paper: the key of the same image against those of the queue.
 
     Keys are made by an average of the network (eq. 2), in evaluation mode: its batch norms have the running statistics,
-    so that no key tells by the statistics of its batch which query it belongs to. The paper met that leak by shuffling
-    images between processes, which does nothing in one (compare Cai et al., CVPR 2021).
+    averaged as the weights are (the newest would not fit them), so that no key tells by the statistics of its batch
+    which query it belongs to. The paper met that leak by shuffling images between processes, which does nothing in one
+    (compare Cai et al., CVPR 2021).
     """
 
     defaults = {
@@ -51,7 +52,7 @@ class MoCo(Proxy):
         super().__init__(backbone, proxy, images, options)
         self.temperature, self.head = options.temperature, nn.Linear(self.width, options.dim)
         self.chance = 1 / (1 + options.queue)
-        self.keys = ModelEmaV3(self._encoder(), decay=options.momentum, exclude_buffers=True)
+        self.keys = ModelEmaV3(self._encoder(), decay=options.momentum)
         self.keys.requires_grad_(False)
         self.queue = Queue(options.queue, options.dim)
         self.made: list[Tensor] = []
