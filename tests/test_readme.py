@@ -12,9 +12,13 @@ from training import figures, readme, records
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_tables_are_those_of_the_committed_records():
-    assert len(re.findall(f"<!-- (?:{'|'.join(readme.TABLES)}): ", TEXT)) == TEXT.count("<!-- end -->") > 0
-    assert readme.fill(TEXT, ROOT / "hub_configs") == TEXT
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_committed_records(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall(f"<!-- (?:{'|'.join(readme.TABLES)}): ", text)) == text.count("<!-- end -->") > 0
+    assert readme.fill(text, ROOT / "hub_configs") == text
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (page.parent / picture).exists(), picture
 
 
 def test_a_table_that_is_out_of_date_is_made_anew():

@@ -1,7 +1,7 @@
-"""python -m training.readme: write the README's tables and the shipped backbones' cards anew from committed records.
+"""python -m training.readme: write the pages' tables and the shipped backbones' cards anew from committed records.
 
 Tables stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. A ``run`` or ``comparison`` is made from
-``hub_configs/RECIPE/records.jsonl``, ``finetune`` from ``finetune.jsonl`` beside it.
+``hub_configs/RECIPE/records.jsonl``, as are ``tasks`` and ``agreement``; ``finetune`` from ``finetune.jsonl`` beside it.
 """
 
 import re
@@ -16,6 +16,7 @@ from .command import parse, short_name
 from .files import write_text
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "hub_configs" / "RESULTS.md")
 
 
 def run_table(rows: contrast.Records) -> list[list[list[str]]]:
@@ -74,8 +75,8 @@ def shipped_card(folder: Path) -> str:
 
 if __name__ == "__main__":
     configs = ROOT / "hub_configs"
-    path = ROOT / "README.md"
-    write_text(path, fill(path.read_text(encoding="utf-8"), configs))
+    for path in PAGES:
+        write_text(path, fill(path.read_text(encoding="utf-8"), configs))
     for path in configs.glob("*/finetune.jsonl"):
         figures.fine_tuned(path.parent / "report" / "finetune.png", fine_tuned(records.read(path)))
     for name in timm.list_pretrained("sslpp_*"):
