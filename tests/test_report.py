@@ -140,7 +140,7 @@ def test_a_backbone_that_relearning_made_worse_is_told_and_which_one_is_kept():
 
 def test_without_labels_scores_lead_that_need_none():
     rows = [row for row in judged(0.7, 0.3, "label_free", "retrieval") if row["protocol"] == "label_free"]
-    rows += [record(arm, "pooled", 0.9, "residue", number=n) for arm, n in (("proxy_short", 0), ("sslpp", 1))]
+    rows += [record(arm, "pooled", 0.9, "residue", "val", n) for arm, n in (("proxy_short", 0), ("sslpp", 1))]
     text = report.gain(rows, "sslpp")
     assert "on the held-out part of train" in text
     assert text.index("retrieval 70.0 -> 30.0 (-40.0)") < text.index("residue 90.0 -> 90.0")

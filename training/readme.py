@@ -1,7 +1,7 @@
 """python -m training.readme: write the pages' tables and the shipped backbones' cards anew from committed records.
 
-Tables stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. A ``run`` or ``comparison`` is made from
-``hub_configs/RECIPE/records.jsonl``, as are ``tasks`` and ``agreement``; ``finetune`` from ``finetune.jsonl`` beside it.
+Tables stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. ``finetune`` is made from
+``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it.
 """
 
 import re

@@ -156,7 +156,11 @@ def as_markdown(lines: list[list[str]]) -> str:
 
 # What pooled features are judged by: the probes, and where there are no labels the score that agrees best with them.
 PROBES = {"linear": ("linear", "top1"), "nearest neighbours": ("knn", "top1")}
-WITHOUT_LABELS = {LEADING.replace("_", " "): ("label_free", LEADING)}
+WITHOUT_LABELS = {LEADING: ("label_free", LEADING)}
+RETRIEVAL = (
+    "it is how often a strong view of a held-out image finds another view of the same image, and the one of such scores "
+    "that agrees best with what labels say."
+)
 
 
 def pooled(records: Records, arm: str, split: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -188,9 +192,7 @@ def gain(records: Records, arm: str) -> str:
     before, after = (pooled(records, name, split) for name in ("proxy_short", arm))
     labelled = before.keys() & after.keys() & set(PROBES.values())
     if not labelled:  # the scores without labels are of held-out images
-        before, after = (
-            pooled(records, name, "val") | found for name, found in (("proxy_short", before), (arm, after))
-        )
+        split, before, after = "val", *(pooled(records, name, "val") for name in ("proxy_short", arm))
     shown = {**(PROBES if labelled else WITHOUT_LABELS), "residue": ("residue", "top1")}
     pairs = {name: (before[key], after[key]) for name, key in shown.items() if key in before and key in after}
     if not pairs:
@@ -198,9 +200,10 @@ def gain(records: Records, arm: str) -> str:
     values = {name: (100 * then["value"], 100 * now["value"]) for name, (then, now) in pairs.items()}
     parts = [f"{name} {then:.1f} -> {now:.1f} ({now - then:+.1f})" for name, (then, now) in values.items()]
     one, other = next(iter(pairs.values()))
-    where = {"val": "the held-out part of train", "test": "the test split"}[split if labelled else "val"]
+    where = {"val": "the held-out part of train", "test": "the test split"}[split]
+    how = "" if labelled else f"{LEADING.capitalize()} needs no labels: {RETRIEVAL} "
     return (
-        f"{arm} over the proxy's backbone, pooled features, on {where}, seed {other['seed']}: {'; '.join(parts)}. "
+        f"{arm} over the proxy's backbone, pooled features, on {where}, seed {other['seed']}: {'; '.join(parts)}. {how}"
         f"The proxy's backbone has seen {one['images_seen']:,} images, {arm} {other['images_seen']:,}: a comparison at "
         "equal budget, over several seeds, is what training.compare makes."
     )
@@ -233,7 +236,9 @@ def draw(folder: Path, records: Records, arm: str, last: Path) -> None:
 def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) -> str:
     """Write report.md; the text for the screen."""
     arms = [name for name in ("random", "proxy_short", arm) if any(r["arm"] == name for r in records)]
-    found = [lines for _, lines in tables(records, arms, EVERY)] + pooled_tables(records, arms)
+    by_stage, of_pooled = [lines for _, lines in tables(records, arms, EVERY)], pooled_tables(records, arms)
+    labelled = any(row["protocol"] in ("linear", "knn") for row in records)
+    found = by_stage + of_pooled if labelled else of_pooled + by_stage
     if len(pseudo := cluster_table(records, arm)) > 1:
         found.append(pseudo)
     code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
