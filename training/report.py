@@ -158,8 +158,8 @@ def as_markdown(lines: list[list[str]]) -> str:
 PROBES = {"linear": ("linear", "top1"), "nearest neighbours": ("knn", "top1")}
 WITHOUT_LABELS = {LEADING: ("label_free", LEADING)}
 RETRIEVAL = (
-    "it is how often a strong view of a held-out image finds another view of the same image, and the one of such scores "
-    "that agrees best with what labels say."
+    "it is how often a strong view of a held-out image finds another view of the same image, and the one of such "
+    "scores that agrees best with what labels say."
 )
 
 
