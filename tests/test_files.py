@@ -1,5 +1,8 @@
 """Files are whole or not there."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -67,6 +70,16 @@ def test_a_locked_folder_is_refused_until_its_holder_is_gone(tmp_path):
         files.lock_folder(tmp_path)
     held.close()
     files.lock_folder(tmp_path).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    files.lock_folder(tmp_path).close()
+    assert "without locks" in capsys.readouterr().err
 
 
 def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path):

@@ -32,6 +32,25 @@ def test_a_signal_in_the_loop_waits_to_be_asked_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+def test_what_schedulers_and_terminals_send_asks_to_stop(number):
+    with launch.StopSignals() as stop:
+        stop.deferred = True
+        os.kill(os.getpid(), number)
+        assert stop.requested()
+        assert stop.number == number
+
+
+def test_a_hang_up_that_was_ignored_before_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launch.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_an_orphan_of_a_launcher_is_asked_to_stop(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     stop, parent = launch.StopSignals(), os.getppid()

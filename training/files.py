@@ -1,10 +1,12 @@
 """Files that are whole or not there: written beside their place, flushed, renamed into it."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -161,8 +163,13 @@ def check_written(marker: Path) -> None:
             )
 
 
+WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+
+
 def lock_folder(folder: Path) -> IO[str]:
     """Hold `folder` for this process until the returned file is closed or the process is gone.
+
+    Where the file system has no locks, a warning says that nothing holds it.
 
     Raises:
         Refused: another process holds it.
@@ -171,7 +178,13 @@ def lock_folder(folder: Path) -> IO[str]:
     file = (folder / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno in WITHOUT_LOCKS:
+            text = f"warning: {folder} is on a file system without locks; see that no other process writes to it."
+            print(text, file=sys.stderr)
+            return file
         file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
         raise Refused(f"{folder} is in use by another process; wait for it, or choose another --run.") from None
     return file

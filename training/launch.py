@@ -21,6 +21,9 @@ from .files import Refused, sha256_json
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
 
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
 class Interrupted(BaseException):
     """A signal asked the run to end; what was to be kept is on disk. Exit status 128 + signal.
 
@@ -33,7 +36,10 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGINT and the launcher's death into a request that the loop answers between two steps.
+    """Turns signals and the launcher's death into a request that the loop answers between two steps.
+
+    SIGTERM and SIGINT; SIGUSR1 and SIGUSR2, which SLURM is told to send before it preempts; and SIGHUP, when a terminal
+    closes, unless it was ignored before, as nohup has it.
 
     Outside the loop (`deferred` false) the handler raises `Interrupted` at once: every file is whole or not there.
     """
@@ -44,7 +50,9 @@ class StopSignals:
         self._parent = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
 
     def __enter__(self) -> "StopSignals":
-        self._old = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [n for n in STOPS if n != signal.SIGHUP or not nohup]
+        self._old = {n: signal.signal(n, self._handle) for n in heard}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
