@@ -1,6 +1,7 @@
 """Killed at any moment, started again by the same command: the same weights, bit for bit."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import ROOT, TINY_RUN
+from tests.conftest import ROOT, TINY_RUN, call
+from training.__main__ import main
 from training.files import read_lines
 
 LAUNCHERS = {"python": (), "accelerate": ("-m", "accelerate.commands.launch")}
@@ -127,3 +129,26 @@ def test_a_run_folder_in_use_is_refused(picture_folder, tmp_path):
     end(process)
     assert second.returncode == 2
     assert "in use by another process" in error
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff"])
+@pytest.mark.parametrize(
+    "name", ["data.json", "measured.json", "proxy/proxy.json", "round_1/clusters.json", "round_1/relearn.json"]
+)
+def test_a_small_file_that_is_damaged_is_named(finished, picture_folder, tmp_path, name, content):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    (run / name).write_bytes(content)
+    done = call(main, *TINY_RUN, "--data.path", picture_folder, "--run", run)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"{run / name} is damaged" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "hub", "report", "round_1"])
+def test_a_file_where_a_folder_belongs_is_left_alone_and_named(picture_folder, tmp_path, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).write_text("mine")
+    done = call(main, *TINY_RUN, "--data.path", picture_folder, "--run", run)
+    assert (done.returncode, (run / name).read_text()) == (2, "mine")
+    assert f"{run / name} is a file" in done.stderr

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .files import read_json, save_tensors, sha256_file, sha256_json, whole_folder, write_json
+from .files import Failed, read_json, save_tensors, sha256_file, sha256_json, whole_folder, write_json
 
 KEPT = 2
 
@@ -91,7 +91,7 @@ class Checkpoints:
                 state = read_json(path / "state.json")
                 whole = state.pop("state_sha256") == sha256_json(state)
                 whole = whole and state["sha256"] == sha256_file(path / "state.safetensors")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (Failed, OSError, ValueError, KeyError, TypeError):
                 whole = False
             if not whole:
                 say(f"{path} is damaged and left aside; going on from the one before it.")

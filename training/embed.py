@@ -60,7 +60,7 @@ def assign(folder: Path, found: Images, context: Context, batch_size: int) -> di
     """Labels and distances of an earlier clustering, by the features of the backbone that it was made from."""
     earlier = clusters.Clustered(folder)
     check_written(folder / "clusters.json")
-    made = read_json(folder / "clusters.json")
+    made = read_json(folder / "clusters.json", "read")
     read = made["read"]
     beside = [path for path in folder.parent.iterdir() if (path / "model.safetensors").exists()]
     source = next((path for path in beside if sha256_file(path / "model.safetensors") == read["backbone"]), None)

@@ -88,8 +88,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """An object with some keys.
+
+    Raises:
+        Failed: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # of JSON, or of UTF-8
+        value = None
+    if not isinstance(value, dict) or not all(key in value for key in keys):
+        raise Failed(f"{path} is damaged; remove it to have it made again, or take it back from a copy.")
+    return value
+
+
+def refuse_files(folder: Path, names: Collection[str]) -> None:
+    """Refuse files where a run has folders of its own.
+
+    Raises:
+        Refused: naming one.
+    """
+    for path in (folder / name for name in names):
+        if path.is_file():
+            raise Refused(f"{path} is a file, where a run has a folder; move it away, or choose another --run.")
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from .files import (
     lock_folder,
     nothing_left,
     read_json,
+    refuse_files,
     sha256_file,
     sha256_json,
     whole_folder,
@@ -151,6 +152,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     accelerator = launch.start(precision, settings.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, settings.log.every, settings.checkpoint_every)
     with nothing_left(folder):
+        refuse_files(folder, ("checkpoints", "best", "last"))
         lock = lock_folder(folder) if context.main else None
         splits, indices = load_images(network, settings, context)
         frozen = check(settings, network, splits["train"], len(indices), accelerator.num_processes)
@@ -174,7 +176,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     seed_all(key.number("head"))
     network.reset_classifier(classes)
     keeper = Keeper(context, splits, settings)
-    if "budget" not in read_json(marker):
+    if "budget" not in read_json(marker, "read"):
         fit(network, splits["train"], indices, settings, frozen, key, context, sha256_json(read), keeper)
         if context.main:
             write_json(marker, {"read": read, "budget": context.budget})
@@ -324,7 +326,7 @@ class Keeper:
         top1 = self.top1(network, "val")
         self.context.say(f"step {step}: {self.called('val')}: {100 * top1:.2f} %")
         best = self.context.folder / "best" / "finetune.json"
-        if self.context.main and (not best.exists() or top1 > read_json(best)["val_top1"]):
+        if self.context.main and (not best.exists() or top1 > read_json(best, "val_top1")["val_top1"]):
             self.keep(network, "best", step, top1)
         if self.context.main and step == total:
             self.keep(network, "last", step, top1)

@@ -72,11 +72,10 @@ def collect(run: Path, repo: str) -> Files:
         if not (folder / name).is_file():
             raise Refused(f"{folder} has no {name}; what python -m training leaves in hub/ has.")
     try:
-        config = read_json(folder / "config.json")
-    except ValueError:
-        config = None
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise Refused(f"{folder / 'config.json'} names no architecture, so that timm could not load it.")
+        read_json(folder / "config.json", "architecture")
+    except Failed as error:
+        text = f"{folder / 'config.json'} names no architecture, so that timm could not load it."
+        raise Refused(text) from error
     pictures = sorted((folder / "report").glob("*.png"))
     files: Files = {str(path.relative_to(folder)): path for path in (*(folder / name for name in NEEDED), *pictures)}
     files["README.md"] = (folder / "README.md").read_bytes().replace(REPOSITORY.encode(), repo.encode())

@@ -242,7 +242,7 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     if len(pseudo := cluster_table(records, arm)) > 1:
         found.append(pseudo)
     code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
-    account = read_json(folder / "data.json")["splits"]
+    account = read_json(folder / "data.json", "splits")["splits"]
     bad = worse(records, arm, recipe.relearn.export)
     parts = [f"# {folder.name}", *([bad] if bad else []), gain(records, arm), f"The images: {splits_line(account)}."]
     parts += map(as_markdown, found)

@@ -285,7 +285,7 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     found = evaluate(network, this.recipe.evaluate, over, this.context)
     if this.main:
         markers = [folder / f"{name}.json" for folder in folders for name in READS]
-        made = [read_json(marker) for marker in markers if marker.exists()]
+        made = [read_json(marker, "budget") for marker in markers if marker.exists()]
         costs = [marker["budget"] for marker in made]
         for solved in (marker["solved"] for marker in made if "solved" in marker):
             told = {"stage": "pooled", "protocol": "task", "settings": {"chance": solved["chance"]}, "split": "train"}

@@ -16,7 +16,7 @@ from torch import nn
 from . import backbone as B
 from . import clusters, images, proxies, records, relearn, report
 from .extraction import plain_batch
-from .files import Refused, lock_folder, nothing_left, read_json, write_json, write_text
+from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, write_json, write_text
 from .folders import escape
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
@@ -108,6 +108,8 @@ def prepare(
         relearn.split(network, recipe.relearn, recipe.data.size)
     if recipe.clusters.stage != "auto":
         B.resolve_stage(network, recipe.clusters.stage, "clusters.stage")
+    rounds = (f"round_{number}" for number in range(1, recipe.relearn.rounds + 1))
+    refuse_files(folder, ("checkpoints", "proxy", "report", "hub", *rounds))
     for marker in folder.glob("*/*.json"):
         if marker.stem in READS:
             refuse_other(marker, phase_fields(recipe, marker.stem))
@@ -134,7 +136,7 @@ def refuse_other(marker: Path, read: dict[str, Any]) -> None:
     Raises:
         Refused: naming the first that differs.
     """
-    before = read_json(marker)["read"]
+    before = read_json(marker, "read")["read"]
     for name, value in read.items():
         if before.get(name) != value:
             raise Refused(
@@ -150,7 +152,7 @@ def run_precision(recipe: Recipe, network: nn.Module, other: Proxy | None = None
     """
     asked, before = recipe.precision, Path(recipe.run) / "recipe.yaml"
     if asked == "auto" and before.exists():
-        lines = before.read_text(encoding="utf-8").splitlines()
+        lines = before.read_text(encoding="utf-8", errors="replace").splitlines()
         asked = next((line.split(": ")[1] for line in lines if line.startswith("precision: ")), asked)
     tasks = [task for task in (recipe.proxy, other) if task and task.epochs]
     sides = [recipe.data.size, *(proxies.side(task, recipe.data.size) for task in tasks)]
@@ -257,8 +259,9 @@ def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) 
         "label_names": train.label_names,
     }
     if path.exists():
-        before = read_json(path)
-        for name in ("images", "fingerprint", "size", "training", "held_out", "white"):
+        fixed = ("images", "fingerprint", "size", "training", "held_out", "white")
+        before = read_json(path, *fixed)
+        for name in fixed:
             if before[name] != told[name]:
                 raise Refused(
                     f"{folder} holds a run over other images (data.json has {name} = {before[name]}, now it is "
