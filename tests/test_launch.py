@@ -34,11 +34,15 @@ def test_a_signal_in_the_loop_waits_to_be_asked_and_handlers_are_put_back():
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_what_schedulers_and_terminals_send_asks_to_stop(number):
-    with launch.StopSignals() as stop:
-        stop.deferred = True
-        os.kill(os.getpid(), number)
-        assert stop.requested()
-        assert stop.number == number
+    before = signal.signal(number, signal.SIG_DFL)  # who runs the tests may ignore SIGHUP
+    try:
+        with launch.StopSignals() as stop:
+            stop.deferred = True
+            os.kill(os.getpid(), number)
+            assert stop.requested()
+            assert stop.number == number
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_hang_up_that_was_ignored_before_stays_ignored():

@@ -278,6 +278,7 @@ def test_gradients_are_clipped(context, tmp_path):
 def test_the_average_starts_where_it_is_told_to_and_is_the_result():
     images = make_images()
     backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    backbone.feature_info = [{"reduction": 1}]
     task = BackboneTask(backbone, Schedule(ema=0.9, views=CALM), images, average_from=3)
     expected = None
     for step in range(1, 7):

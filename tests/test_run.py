@@ -62,8 +62,9 @@ def test_records_have_all_their_fields(finished):
     folder, _ = finished
     found = records.read(folder / "records.jsonl")
     wanted = {
-        "arm", "model", "recipe_sha256", "seed", "phase", "round", "stage", "protocol", "settings", "data", "split",
-        "metric", "value", "images_seen", "flops", "seconds", "device", "precision", "weights_sha256", "versions",
+        "arm", "model", "task", "recipe_sha256", "seed", "phase", "round", "stage", "protocol", "settings", "data",
+        "split", "metric", "value", "images_seen", "flops", "seconds", "device", "precision", "weights_sha256",
+        "versions",
     }  # fmt: skip
     assert all(set(record) - {"deviation"} == wanted for record in found)
     assert all(("deviation" in record) == (record["protocol"] == "lowshot") for record in found)
@@ -321,7 +322,7 @@ def test_images_without_labels_and_odd_files_go_through(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 bad" in done.stdout
     found = records.read(tmp_path / "run" / "records.jsonl")
-    assert {r["protocol"] for r in found} == {"residue", "rankme", "label_free", "clusters"}
+    assert {r["protocol"] for r in found} == {"task", "residue", "rankme", "label_free", "clusters"}
     stability = {(r["metric"], r["settings"]["k"]) for r in found if r["protocol"] == "clusters"}
     assert {(f"agreement_of_{what}", k) for what in ("seeds", "views") for k in (3, 5)} <= stability
     assert re.search(r"^k = 3 +0\.\d{3} +0\.\d{3}", done.stdout, re.M)
