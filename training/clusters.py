@@ -172,14 +172,14 @@ def averaged(
     with evaluating(network), torch.no_grad():
         blank = torch.zeros(1, 3, images.size, images.size, device=accelerator.device)
         width = features(network, blank, [stage])[stage].shape[1]
-    total, kept = torch.zeros(len(few), width), {0: torch.zeros(0, width), len(views) - 1: torch.zeros(0, width)}
+    total, kept = torch.zeros(len(few), width), {number: [torch.zeros(0, width)] for number in (0, len(views) - 1)}
     for number, view in enumerate(views):
         for start, found in batches(network, images, indices, accelerator, batch_size, [stage], view):
             place = slice(start, start + len(found[stage]))
             total[place] += found[stage]
             if number in kept:
-                kept[number] = torch.cat([kept[number], found[stage][few[place]]])
-    return total.div_(len(views)), [kept[0], kept[len(views) - 1]]
+                kept[number].append(found[stage][few[place]])
+    return total.div_(len(views)), [torch.cat(kept[number]) for number in (0, len(views) - 1)]
 
 
 def cluster(

@@ -33,6 +33,13 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def _mean_and_bars(groups: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+    """Means of groups of values, and how far the smallest and largest of each lie from it, as errorbar wants them."""
+    mean = [np.mean(values) for values in groups]
+    pairs = list(zip(mean, groups, strict=True))
+    return mean, [[m - min(values) for m, values in pairs], [max(values) - m for m, values in pairs]]
+
+
 def tiles(images: Images, indices: Tensor) -> np.ndarray:
     """Stored images as [n, TILE, TILE, 3] uint8."""
     sides = images.sides[indices]
@@ -119,9 +126,8 @@ def costs(path: Path, records: list[dict[str, Any]], arms: list[str], split: str
         here = [r for r in rows if r["arm"] == arm]
         if not here:
             continue
-        x, values = np.mean([r["flops"] for r in here]), [100 * r["value"] for r in here]
-        y = np.mean(values)
-        spread = [[y - min(values)], [max(values) - y]]
+        x = np.mean([r["flops"] for r in here])
+        y, spread = _mean_and_bars([[100 * r["value"] for r in here]])
         axis.errorbar(x, y, yerr=spread, fmt="o", color=COLOURS[arm], capsize=3, label=arm)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     axis.set_xlabel("floating-point operations (forward, backward, clustering)")
@@ -160,10 +166,10 @@ def tasks(path: Path, found: dict[str, dict[str, list[float]]]) -> None:
     for number, arm in enumerate(arms):
         shift = 0.5 * (number - (len(arms) - 1) / 2) / len(arms)
         rows = [(place + shift, values[arm]) for place, values in enumerate(found.values()) if arm in values]
-        y, mean = [place for place, _ in rows], [np.mean(values) for _, values in rows]
-        spread = [[m - min(v) for m, (_, v) in zip(mean, rows, strict=True)]]
-        spread += [[max(v) - m for m, (_, v) in zip(mean, rows, strict=True)]]
-        axis.errorbar(mean, y, xerr=spread, fmt="o", ms=5, color=COLOURS[arm], capsize=2, label=arm)
+        mean, spread = _mean_and_bars([values for _, values in rows])
+        axis.errorbar(
+            mean, [place for place, _ in rows], xerr=spread, fmt="o", ms=5, color=COLOURS[arm], capsize=2, label=arm
+        )
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
     axis.set_xlabel("linear probe, pooled, top-1 %")
@@ -177,9 +183,7 @@ def fine_tuned(path: Path, found: dict[str, dict[float, list[float]]]) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
     for start, values in found.items():
         name = next((name for name in ("scratch", "proxy") if start.endswith(name)), "sslpp")
-        mean = [np.mean(v) for v in values.values()]
-        spread = [[m - min(v) for m, v in zip(mean, values.values(), strict=True)]]
-        spread += [[max(v) - m for m, v in zip(mean, values.values(), strict=True)]]
+        mean, spread = _mean_and_bars(list(values.values()))
         axis.errorbar(list(values), mean, yerr=spread, fmt="o-", color=COLOURS[name], capsize=3, label=start)
     shares = sorted({share for values in found.values() for share in values})
     axis.set_xscale("log")
