@@ -158,11 +158,11 @@ def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = N
 
     Interpolation is linear in the image and separable: a small matrix for the rows and one for the columns.
     """
-    box = box.to(images.device)
+    box = box.to(images.device, non_blocking=True)
     down = _interpolation(box[:, 0], box[:, 2], images.shape[2], size)
     across = _interpolation(box[:, 1], box[:, 3], images.shape[3], size)
     if flip is not None:
-        flip = flip.to(images.device).view(-1, 1, 1)
+        flip = flip.to(images.device, non_blocking=True).view(-1, 1, 1)
         across = torch.where(flip, across.flip(1), across)
     return (down.unsqueeze(1) @ images @ across.transpose(1, 2).unsqueeze(1)).clamp_(0, 1)
 
@@ -200,7 +200,7 @@ def _jitter(images: Tensor, rows: Rows) -> Tensor:
 
 def adjust(images: Tensor, name: str, factor: Tensor) -> Tensor:
     """Change brightness, contrast, saturation (factor 1: nothing) or hue (factor 0: nothing) of images in [0, 1]."""
-    factor = factor.float().to(images.device).view(-1, 1, 1, 1)
+    factor = factor.float().to(images.device, non_blocking=True).view(-1, 1, 1, 1)
     if name == "hue":
         return _shift_hue(images, factor)
     if name == "brightness":
@@ -250,7 +250,7 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
     matrix = torch.zeros(len(sigma), size, size, dtype=torch.float64)
     matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), weight.unsqueeze(1).expand(-1, size, -1).contiguous())
-    matrix = matrix.float().to(images.device).unsqueeze(1)
+    matrix = matrix.float().to(images.device, non_blocking=True).unsqueeze(1)
     return matrix @ images @ matrix.transpose(2, 3)
 
 
@@ -269,8 +269,9 @@ def tiles(images: Tensor, grid: int, side: int, draws: Draws) -> Tensor:
     section 3.3).
     """
     cell = images.shape[2] // grid
-    place = (draws.uniform(grid * grid, 2) * (cell - side + 1)).long().to(images.device)
-    corner = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(images.device) * cell + place
+    place = (draws.uniform(grid * grid, 2) * (cell - side + 1)).long()
+    place += torch.cartesian_prod(torch.arange(grid), torch.arange(grid)) * cell
+    corner = place.to(images.device, non_blocking=True)
     along = torch.arange(side, device=images.device)
     rows, columns = (corner[..., axis, None] + along for axis in (0, 1))  # [B, grid^2, side]
     which = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
