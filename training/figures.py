@@ -12,7 +12,7 @@ from torch import Tensor
 from .arms import COLOURS
 from .files import read_lines, whole_file
 from .images import Images
-from .views import as_float, resized_crop
+from .views import resized_crop
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,7 +44,7 @@ def tiles(images: Images, indices: Tensor) -> np.ndarray:
     """Stored images as [n, TILE, TILE, 3] uint8."""
     sides = images.sides[indices]
     whole = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], 1)
-    grown = resized_crop(as_float(images.pixels.squares(indices)), whole, TILE)
+    grown = resized_crop(images.pixels.squares(indices), whole, TILE)
     return (grown * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 

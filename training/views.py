@@ -4,11 +4,13 @@ Each view first draws its parameters, a row per sample (`draw`), then applies th
 gives what torchvision's functional transforms give for it; the tests hold the two together.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .recipe import Views
@@ -16,7 +18,10 @@ from .recipe import Views
 View = Callable[[Tensor], Tensor]  # [B, 3, H, W] to the same
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors of these that change nothing
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
+CACHED = 2**18  # values that a CPU changes at once: 1 MiB of float32
+BAND = 32  # px that a blur makes at once
 
 
 class Draws:
@@ -70,11 +75,14 @@ class Rows:
     sigma: Tensor
     turn: Tensor
 
+    def __getitem__(self, part: slice) -> "Rows":
+        return Rows(*(getattr(self, field.name)[part] for field in dataclasses.fields(self)))
+
 
 def draw(views: Views, sizes: Tensor, draws: Draws) -> Rows:
     """Draw the parameters of a view of each image, whose [B, 2] heights and widths are given in px."""
     strength = torch.tensor([views.brightness, views.contrast, views.saturation, views.hue], dtype=torch.float64)
-    centre = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    centre = torch.tensor(NEUTRAL, dtype=torch.float64)
     sigma = draws.uniform(low=views.blur_sigma[0], high=views.blur_sigma[1])
     return Rows(
         box=_draw_boxes(views, sizes.cpu(), draws),
@@ -126,13 +134,19 @@ def as_float(pixels: Tensor) -> Tensor:
 
 def apply(pixels: Tensor, rows: Rows, size: int) -> Tensor:
     """uint8 [B, 3, H, W] to views [B, 3, size, size], float32 in [0, 1], on the device of `pixels`."""
+    # On a CPU, as many at a time as its cache holds while one change after another is made to them.
+    step = max(1, CACHED // (3 * size * size)) if pixels.device.type == "cpu" else max(1, len(pixels))
     with torch.autocast(pixels.device.type, enabled=False):
-        images = resized_crop(as_float(pixels), rows.box, size, rows.flip)
-        images = _jitter(images, rows)
-        images = _change(images, rows.grey, lambda part, _: _luma(part).expand_as(part))
-        images = _change(images, rows.sigma > 0, lambda part, which: blur(part, rows.sigma[which]))
-        images = _change(images, rows.solarize, lambda part, _: torch.where(part >= 0.5, 1 - part, part))
-        return turn(images, rows.turn)
+        parts = [_apply(pixels[i : i + step], rows[i : i + step], size) for i in range(0, len(pixels), step)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _apply(pixels: Tensor, rows: Rows, size: int) -> Tensor:
+    images = _jitter(resized_crop(pixels, rows.box, size, rows.flip), rows)
+    _change(images, rows.grey, lambda part, _: luma(part).expand_as(part))
+    _change(images, rows.sigma > 0, lambda part, which: blur(part, rows.sigma[which]))
+    _change(images, rows.solarize, lambda part, _: torch.where(part >= 0.5, 1 - part, part))
+    return turn(images, rows.turn)
 
 
 def plain(pixels: Tensor, sides: Tensor, crop_pct: float, size: int) -> Tensor:
@@ -140,7 +154,7 @@ def plain(pixels: Tensor, sides: Tensor, crop_pct: float, size: int) -> Tensor:
     sides = sides.cpu()
     side = (sides * crop_pct).round().long().clamp(min=1)
     top = (sides - side) // 2
-    return resized_crop(as_float(pixels), torch.stack([top, top, side, side], 1), size)
+    return resized_crop(pixels, torch.stack([top, top, side, side], 1), size)
 
 
 def random_views(views: Views, pixels: Tensor, sizes: Tensor, draws: Draws, size: int) -> Tensor:
@@ -157,13 +171,23 @@ def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = N
     """Crop each image to its box and bring it to `size` by antialiased bilinear interpolation, then flip some.
 
     Interpolation is linear in the image and separable: a small matrix for the rows and one for the columns.
+
+    Args:
+        images: [B, 3, H, W], uint8 or float32 in [0, 1].
+        box: [B, 4] int64, top, left, height and width, px, on the CPU.
+        size: px.
+        flip: [B] bool, on the CPU.
     """
-    box = box.to(images.device, non_blocking=True)
-    down = _interpolation(box[:, 0], box[:, 2], images.shape[2], size)
-    across = _interpolation(box[:, 1], box[:, 3], images.shape[3], size)
+    first, last = box[:, :2].amin(0), (box[:, :2] + box[:, 2:]).amax(0)
+    (top, left), (bottom, right) = first.tolist(), last.tolist()
+    images = images[:, :, top:bottom, left:right]  # what no box holds is not computed with
+    start, length = (x.to(images.device, non_blocking=True) for x in (box[:, :2] - first, box[:, 2:]))
+    down = _interpolation(start[:, 0], length[:, 0], bottom - top, size)
+    across = _interpolation(start[:, 1], length[:, 1], right - left, size)
     if flip is not None:
         flip = flip.to(images.device, non_blocking=True).view(-1, 1, 1)
         across = torch.where(flip, across.flip(1), across)
+    images = as_float(images) if images.dtype == torch.uint8 else images
     return (down.unsqueeze(1) @ images @ across.transpose(1, 2).unsqueeze(1)).clamp_(0, 1)
 
 
@@ -177,61 +201,63 @@ def _interpolation(start: Tensor, length: Tensor, source: int, size: int) -> Ten
     return weight / weight.sum(2, keepdim=True)
 
 
-def _change(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Apply `change(part, which)` to the chosen samples; the choice is on the CPU, so the device need not wait."""
+def _change(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Make the chosen samples `change(part, which)`; the choice is on the CPU, so the device need not wait.
+
+    `part` may be changed in place.
+    """
     which = chosen.nonzero().flatten()
-    if len(which) == 0:
-        return images
-    index = which.to(images.device, non_blocking=True)
-    return images.index_copy(0, index, change(images.index_select(0, index), which))
+    if len(which) == len(images):
+        images.copy_(change(images, which))
+    elif len(which):
+        index = which.to(images.device, non_blocking=True)
+        images.index_copy_(0, index, change(images.index_select(0, index), which))
 
 
 def _jitter(images: Tensor, rows: Rows) -> Tensor:
-    for place in range(len(JITTER)):
-        for number, name in enumerate(JITTER):
-            chosen = rows.jitter & (rows.order[:, place] == number) & (rows.factor[:, number] != (name != "hue"))
-
-            def change(part: Tensor, which: Tensor, name: str = name, number: int = number) -> Tensor:
-                return adjust(part, name, rows.factor[which, number])
-
-            images = _change(images, chosen, change)
+    made = rows.jitter.view(-1, 1) & (rows.factor != torch.tensor(NEUTRAL))
+    for place in torch.where(made.gather(1, rows.order), rows.order, -1).unbind(1):
+        for number in place.unique().tolist():
+            if number >= 0:
+                _change(images, place == number, lambda part, which, n=number: _adjust(part, n, rows.factor[which, n]))
     return images
 
 
-def adjust(images: Tensor, name: str, factor: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation (factor 1: nothing) or hue (factor 0: nothing) of images in [0, 1]."""
+def _adjust(images: Tensor, number: int, factor: Tensor) -> Tensor:
+    """Make a change of `JITTER` to images in [0, 1], in place."""
     factor = factor.float().to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-    if name == "hue":
+    if JITTER[number] == "hue":
         return _shift_hue(images, factor)
-    if name == "brightness":
-        other = torch.zeros_like(images)
-    elif name == "contrast":
-        other = _luma(images).mean((1, 2, 3), keepdim=True)
+    if JITTER[number] == "contrast":
+        other = luma(images.mean((2, 3), keepdim=True)) * (1 - factor)
+    elif JITTER[number] == "saturation":
+        other = luma(images).mul_(1 - factor)
     else:
-        other = _luma(images)
-    return (factor * images + (1 - factor) * other).clamp(0, 1)
+        return images.mul_(factor).clamp_(0, 1)
+    return images.mul_(factor).add_(other).clamp_(0, 1)
 
 
-def _luma(images: Tensor) -> Tensor:
-    red, green, blue = images.unbind(1)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
+def luma(images: Tensor) -> Tensor:
+    """Brightness of images, [B, 1, H, W]."""
+    red, green, blue = images.split(1, 1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the colour circle by `shift` of a full turn, through hue, saturation and value (Smith 1978)."""
-    high, low = images.amax(1), images.amin(1)
-    chroma = high - low
-    red, green, blue = images.unbind(1)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    sector = torch.where(
-        high == red,
-        (green - blue) / safe,
-        torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    sector = torch.remainder(sector + 6 * shift.squeeze(1), 6)
-    # A channel is V - C max(0, min(k, 4 - k, 1)) with k = (n + sector) mod 6 and n = 5, 3, 1 for red, green, blue.
-    k = torch.remainder(torch.stack([sector + n for n in (5, 3, 1)], 1), 6)
-    return high.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+    """Turn the colour circle by `shift` of a full turn, through hue, saturation and value (Smith 1978), in place."""
+    red, green, blue = images.split(1, 1)
+    low = torch.minimum(red, green).minimum(blue)
+    chroma = torch.maximum(red, green).maximum(blue).sub_(low)
+    # In sixths of the circle, with one channel at 0 and one at 1, the distance from red is 1 + green + blue - red in
+    # each of the six sectors, to one side where green is the larger of the two and to the other where blue is.
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1)
+    hue = torch.copysign(hue, green - blue).add_(6 * shift)
+    hue.sub_((hue / 6).floor_(), alpha=6)
+    for channel, centre in ((red, 3), (green, 2), (blue, 4)):
+        torch.sub(hue, centre, out=channel).abs_()
+        channel = channel.sub_(1) if centre == 3 else channel.neg_().add_(2)
+        channel.clamp_(0, 1).mul_(chroma).add_(low)
+    return images
 
 
 def blur_radius(size: int) -> int:
@@ -241,24 +267,30 @@ def blur_radius(size: int) -> int:
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur with a standard deviation for each sample, borders reflected."""
-    size = images.shape[-1]
-    radius = min(blur_radius(size), size - 1)
+    count, _, size, _ = images.shape
+    radius, step = min(blur_radius(size), size - 1), min(size, BAND)
     taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
     weight = torch.exp(-0.5 * (taps / sigma.cpu().double().view(-1, 1)) ** 2)
-    weight = weight / weight.sum(1, keepdim=True)
-    source = (torch.arange(size).view(-1, 1) + taps.long()).abs()
-    source = torch.where(source >= size, 2 * (size - 1) - source, source)
-    matrix = torch.zeros(len(sigma), size, size, dtype=torch.float64)
-    matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), weight.unsqueeze(1).expand(-1, size, -1).contiguous())
-    matrix = matrix.float().to(images.device, non_blocking=True).unsqueeze(1)
-    return matrix @ images @ matrix.transpose(2, 3)
+    weight = (weight / weight.sum(1, keepdim=True)).float()
+    # A band of `step` pixels is a matrix times them and their neighbours, the same for each band.
+    width = step + 2 * radius
+    place = torch.arange(2 * radius + 1).view(-1, 1) + torch.arange(step)
+    matrix = torch.zeros(count, width, step)
+    matrix.scatter_(1, place.expand(count, -1, -1), weight.unsqueeze(2).expand(-1, -1, step))
+    matrix = matrix.to(images.device, non_blocking=True)
+    for _ in range(2):  # along rows, then along columns
+        padded = F.pad(F.pad(images, (radius, radius, 0, 0), mode="reflect"), (0, -size % step))
+        bands = padded.unfold(3, width, step).reshape(count, -1, width)
+        images = (bands @ matrix).view(count, 3, size, -1)[..., :size].transpose(2, 3)
+    return images
 
 
 def turn(images: Tensor, quarters: Tensor) -> Tensor:
-    """Turn each image by that many quarter turns, counter-clockwise as torch.rot90."""
+    """Turn each image by that many quarter turns, counter-clockwise as torch.rot90; the choice is on the CPU."""
+    turned = images.clone() if bool(quarters.any()) else images
     for quarter in (1, 2, 3):
-        images = _change(images, quarters == quarter, lambda part, _, q=quarter: torch.rot90(part, q, (2, 3)))
-    return images
+        _change(turned, quarters == quarter, lambda part, _, q=quarter: torch.rot90(part, q, (2, 3)))
+    return turned
 
 
 def tiles(images: Tensor, grid: int, side: int, draws: Draws) -> Tensor:
@@ -300,8 +332,8 @@ def _corner(bottom: bool, right: bool, flipped: bool, side: float = 0.8) -> View
     def view(images: Tensor) -> Tensor:
         size = images.shape[2]
         length = round(side * size)
-        start = torch.tensor([size - length if far else 0 for far in (bottom, right)], dtype=torch.float32)
-        box = torch.cat([start, start.new_full((2,), length)]).expand(len(images), 4)
+        box = torch.tensor([*(size - length if far else 0 for far in (bottom, right)), length, length])
+        box = box.expand(len(images), 4)
         return resized_crop(images, box, size, torch.full((len(images),), flipped))
 
     return view
