@@ -61,7 +61,7 @@ def without(**changes):
     ],
     ids=["crop", "flip", "brightness", "contrast", "saturation", "hue", "grey", "blur", "solarize", "turn"],
 )
-@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("size", [32, 48, 112])  # the last are made one after another
 def test_each_view_is_torchvisions(views, tolerance, size):
     rows, batch = drawn(views), pixels()
     got = V.apply(batch, rows, size)

@@ -20,7 +20,8 @@ View = Callable[[Tensor], Tensor]  # [B, 3, H, W] to the same
 JITTER = ("brightness", "contrast", "saturation", "hue")
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors of these that change nothing
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
-CACHED = 2**18  # values that a CPU changes at once: 1 MiB of float32
+CACHED = 2**19  # values that a CPU changes at once: 2 MiB of float32
+LARGE = 2**15  # values of an image from which on a CPU makes views of one after another
 BAND = 32  # px that a blur makes at once
 
 
@@ -135,7 +136,9 @@ def as_float(pixels: Tensor) -> Tensor:
 def apply(pixels: Tensor, rows: Rows, size: int) -> Tensor:
     """uint8 [B, 3, H, W] to views [B, 3, size, size], float32 in [0, 1], on the device of `pixels`."""
     # On a CPU, as many at a time as its cache holds while one change after another is made to them.
-    step = max(1, CACHED // (3 * size * size)) if pixels.device.type == "cpu" else max(1, len(pixels))
+    step, values = max(1, len(pixels)), 3 * size * size
+    if pixels.device.type == "cpu":
+        step = 1 if values >= LARGE else CACHED // values
     with torch.autocast(pixels.device.type, enabled=False):
         parts = [_apply(pixels[i : i + step], rows[i : i + step], size) for i in range(0, len(pixels), step)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -170,7 +173,8 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
     """Crop each image to its box and bring it to `size` by antialiased bilinear interpolation, then flip some.
 
-    Interpolation is linear in the image and separable: a small matrix for the rows and one for the columns.
+    Interpolation is linear in the image and separable: for many images, a small matrix for the rows of each and one for
+    the columns; for a single one, torch's own.
 
     Args:
         images: [B, 3, H, W], uint8 or float32 in [0, 1].
@@ -181,13 +185,16 @@ def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = N
     first, last = box[:, :2].amin(0), (box[:, :2] + box[:, 2:]).amax(0)
     (top, left), (bottom, right) = first.tolist(), last.tolist()
     images = images[:, :, top:bottom, left:right]  # what no box holds is not computed with
+    images = as_float(images) if images.dtype == torch.uint8 else images
+    if len(images) == 1:
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp_(0, 1)
+        return images.flip(3) if flip is not None and bool(flip) else images
     start, length = (x.to(images.device, non_blocking=True) for x in (box[:, :2] - first, box[:, 2:]))
     down = _interpolation(start[:, 0], length[:, 0], bottom - top, size)
     across = _interpolation(start[:, 1], length[:, 1], right - left, size)
     if flip is not None:
         flip = flip.to(images.device, non_blocking=True).view(-1, 1, 1)
         across = torch.where(flip, across.flip(1), across)
-    images = as_float(images) if images.dtype == torch.uint8 else images
     return (down.unsqueeze(1) @ images @ across.transpose(1, 2).unsqueeze(1)).clamp_(0, 1)
 
 
@@ -217,9 +224,8 @@ def _change(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], T
 def _jitter(images: Tensor, rows: Rows) -> Tensor:
     made = rows.jitter.view(-1, 1) & (rows.factor != torch.tensor(NEUTRAL))
     for place in torch.where(made.gather(1, rows.order), rows.order, -1).unbind(1):
-        for number in place.unique().tolist():
-            if number >= 0:
-                _change(images, place == number, lambda part, which, n=number: _adjust(part, n, rows.factor[which, n]))
+        for number in set(place.tolist()) - {-1}:
+            _change(images, place == number, lambda part, which, n=number: _adjust(part, n, rows.factor[which, n]))
     return images
 
 
