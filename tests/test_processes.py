@@ -81,7 +81,7 @@ def spy(task, *args, **kwargs):
             seen.append(name)
 relearn.train = spy
 from types import SimpleNamespace
-from training import clusters, extraction, recipe
+from training import clusters, extraction, kmeans, recipe
 alone = SimpleNamespace(num_processes=1, process_index=0, device=accelerator.device, gather=lambda x: x)
 net = network()
 for count in (1, 2, 5, 21):  # uneven shares, and fewer images than processes
@@ -97,6 +97,13 @@ assert torch.equal(extraction.gather(extraction.share(rows[:1], accelerator), ac
 rows = torch.randn(31, 5, generator=torch.Generator().manual_seed(0))
 both, one = (clusters.fit_whitening(extraction.share(rows, a), 3, 1.0, a) for a in (accelerator, alone))
 assert torch.allclose(both.projection, one.projection, rtol=1e-4) and torch.allclose(both.mean, one.mean, atol=1e-6)
+alone.reduce = lambda x, how: x
+rows = torch.nn.functional.normalize(torch.randn(700, 5, generator=torch.Generator().manual_seed(1)), dim=1)
+kmeans.FITTED = 20
+mine = rows[500:] if accelerator.process_index else rows[:500]
+both, one = (kmeans.kmeans(x, 30, 0, 50, a)[0] for x, a in ((mine, accelerator), (rows, alone)))
+assert torch.allclose(both.centroids, one.centroids, atol=1e-4) and abs(both.inertia - one.inertia) < 1e-5
+assert torch.equal(extraction.gather(both.labels, accelerator), one.labels)
 relearn.relearn(before, MODEL, chosen, pseudo_labels(images), [4, 2], images, KEY, context, "x")
 assert any(name.endswith("layer4.0.conv1.weight") for name in seen) and len(seen) > 60
 print("equal on rank", accelerator.process_index)

@@ -234,23 +234,22 @@ def cluster(
 
     for k in settings.k:
         runs = kmeans(rows, k, key.number("kmeans", k), settings.iterations, accelerator, settings.restarts)
-        best, second = (run.centroids for run in runs[:2])
-        (labels, distances), others = ([everybody(x) for x in assign(part, best)] for part in (rows, rest))
-        tensors[f"centroids_{k}"] = best.cpu()
+        best, second = runs[:2]
+        labels, distances, own = (everybody(x) for x in (best.labels, best.distances, second.labels))
+        others = [everybody(x) for x in assign(rest, best.centroids)]
+        tensors[f"centroids_{k}"] = best.centroids.cpu()
         columns[f"label_{k}"] = np.concatenate([labels, others[0]])
         columns[f"distance_{k}"] = np.concatenate([distances, others[1]])
         report[str(k)] = {
-            "inertia": runs[0].inertia,
-            "iterations": runs[0].iterations,
-            "repaired": runs[0].repaired,
-            "agreement_of_seeds": nmi(labels, everybody(assign(rows, second)[0])),
+            "inertia": best.inertia,
+            "iterations": best.iterations,
+            "repaired": best.repaired,
+            "agreement_of_seeds": nmi(labels, own),
             "sizes": np.bincount(labels, minlength=k).tolist(),
         }
         if len(views) > 1:
-            report[str(k)]["agreement_of_views"] = nmi(*(everybody(assign(x, best)[0]) for x in two_views))
-        # Products of all rows with all centroids; the last one is the seeding.
-        products = sum(run.iterations + 1 for run in runs)
-        context.spend(0.0, 2.0 * k * len(train) * rows.shape[1] * products, 0.0)
+            report[str(k)]["agreement_of_views"] = nmi(*(everybody(assign(x, best.centroids)[0]) for x in two_views))
+        context.spend(0.0, 2.0 * rows.shape[1] * sum(run.products for run in runs), 0.0)
     if context.main:
         write_labels(folder / "labels.parquet", images, torch.cat([train, held]), columns)
         with whole_file(folder / "clusters.safetensors") as beside:
