@@ -58,8 +58,10 @@ def assign(rows: Tensor, centroids: Tensor, sums: Tensor | None = None) -> tuple
         # NumPy's argmax is several times as fast as torch's on a CPU.
         labels = torch.from_numpy(similar.numpy().argmax(1)) if on_cpu else similar.argmax(1)
         found.append((labels, (1 - similar.gather(1, labels.view(-1, 1)).view(-1)).clamp(0, 2)))
-        if sums is not None:
+        if sums is not None and on_cpu:
             sums.index_add_(0, labels, part)
+        elif sums is not None:  # the other's order differs from run to run
+            sums.index_put_((labels,), part, accumulate=True)
     labels, distances = zip(*found, strict=True)
     return torch.cat(labels), torch.cat(distances)
 
