@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sslpp_models as sslpp_models  # registers the entrypoints
 
 from .extraction import features, plain_batch
-from .files import Refused, save_tensors, sha256_file
+from .files import Failed, Refused, full_disk, reading, reason, save_tensors, sha256_file
 from .images import Images
 from .recipe import Model
 
@@ -35,6 +35,7 @@ def create(model: Model, size: int | None, pretrained: bool | None = None) -> nn
 
     Raises:
         Refused: timm cannot build it, or it does not tell its stages or take such images.
+        Failed: its weights cannot be kept.
     """
     pretrained = model.pretrained if pretrained is None else pretrained
     args = {**model.args, "num_classes": 0}
@@ -45,6 +46,8 @@ def create(model: Model, size: int | None, pretrained: bool | None = None) -> nn
         if wants["fixed_input_size"] and wants["input_size"][-1] != size and "img_size" not in args:
             network = timm.create_model(model.name, pretrained=pretrained, img_size=size, **args)
     except Exception as error:  # timm and the Hub's client raise nearly every type for what a user mistyped
+        if full := full_disk(error):
+            raise Failed(f"the weights of {model.name} cannot be kept on this disk: {reason(full)}.") from error
         raise Refused(_why_not(model, error)) from error
     if not hasattr(network, "forward_intermediates") or not hasattr(network, "feature_info"):
         raise Refused(f"model.name: {model.name} has no forward_intermediates, so its stages cannot be told.")
@@ -267,5 +270,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load(folder: Path) -> nn.Module:
-    """A saved model as it is, every weight of which was found: a headless one without a head, a classifier with its."""
-    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    """A saved model as it is, every weight of which was found: a headless one without a head, a classifier with its.
+
+    Raises:
+        Failed: it is no longer what was written.
+    """
+    with reading(folder):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)

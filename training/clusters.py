@@ -22,7 +22,7 @@ from . import backbone as B
 from . import proxies, recipe
 from .evaluate import label_free
 from .extraction import batches, evaluating, extract, features, gather, share
-from .files import Refused, save_tensors, whole_file
+from .files import Refused, reading, save_tensors, whole_file
 from .images import Images
 from .kmeans import assign, kmeans
 from .launch import Key
@@ -299,7 +299,8 @@ def read_labels(path: Path, drop: float = 0.0) -> tuple[Tensor, list[int]]:
         path: the file.
         drop: share of each cluster, the images farthest from its centroid, that gets -1, too.
     """
-    table = pq.read_table(path)
+    with reading(path):
+        table = pq.read_table(path)
     k = [int(name.removeprefix("label_")) for name in table.column_names if name.startswith("label_")]
     columns = []
     for count in k:
@@ -323,7 +324,8 @@ class Clustered:
             raise Refused(
                 f"--clusters: {folder} has no clusters.safetensors; name a round's folder, runs/NAME/round_1."
             )
-        tensors = load_file(path)
+        with reading(path):
+            tensors = load_file(path)
         self.whitening = Whitening(tensors["mean"], tensors["projection"])
         self.centroids = {
             int(n.removeprefix("centroids_")): c for n, c in tensors.items() if n.startswith("centroids_")

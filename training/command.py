@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from .files import Failed, Refused
+from .files import Failed, Refused, reason
 from .recipe import Data, Proxy, Recipe, Running, Schedule
 
 
@@ -264,9 +264,10 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     except Interrupted as error:
         return _say(str(error), 128 + error.number)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno is None and not isinstance(error, FileNotFoundError):  # of a library that means something else
             raise
-        return _say(f"{error.filename or 'a file'} cannot be written: {error.strerror}; what was finished is kept.", 1)
+        named = f"{error.filename}: " if error.filename else ""
+        return _say(f"{named}{reason(error)}; what was finished is kept.", 1)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
@@ -275,5 +276,11 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
 
 
 def _say(text: str, status: int) -> int:
-    print(f"error: {text}" if status < 128 else text, file=sys.stderr)
+    text = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)  # names are anybody's
+    for stream, said in ((sys.stdout, ""), (sys.stderr, f"error: {text}\n" if status < 128 else f"{text}\n")):
+        try:
+            stream.write(said)
+            stream.flush()
+        except OSError:  # a pipe that nobody reads any more, a log on a full disk: at exit, Python would try again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status

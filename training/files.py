@@ -5,12 +5,16 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakValueDictionary
+
+from safetensors import SafetensorError
 
 
 class Refused(Exception):
@@ -25,6 +29,74 @@ class Diverged(Failed):
     """A training whose loss, weights or features are no longer finite."""
 
 
+def reason(error: BaseException) -> str:
+    """What an error of a file says, in a few words."""
+    found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    number = int(found.group(1)) if found else getattr(error, "errno", None)
+    if number is not None:
+        return os.strerror(number)
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of a folder's files: the first
+        error = error.args[0][0][-1]
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """The error of a disk that is full, failing or read-only among an error and what caused it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+_held: WeakValueDictionary[Path, IO[str]] = WeakValueDictionary()  # lock files of folders that are written to
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What keeps the block from writing `path`, in one sentence.
+
+    Raises:
+        Failed: a disk is full, or fails; or the run folder is no longer there.
+    """
+    for folder, lock in list(_held.items()):
+        if not lock.closed and path.is_relative_to(folder) and not _is_at(lock, folder / LOCK):
+            raise Failed(f"{folder} was moved or deleted while it was written to; the same command starts it again.")
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise Failed(
+            f"{path} cannot be written: {reason(error)}; what was finished is kept, and the same command goes on from "
+            "there."
+        ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What keeps the block from reading `path`, which was whole before, in one sentence.
+
+    Raises:
+        Failed: it is gone, or is another.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise Failed(
+            f"{path} cannot be read: {reason(error)}; take it back from a copy, or delete its folder to have it made "
+            "again."
+        ) from error
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -36,37 +108,39 @@ def _sync(path: Path) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it becomes `path` if the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        yield beside
-        _sync(beside)
-        os.replace(beside, path)
-        _sync(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+            _sync(beside)
+            os.replace(beside, path)
+            _sync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; it replaces `path` if the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        for file in beside.rglob("*"):
-            _sync(file)
-        _sync(beside)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-        os.replace(beside, path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
+        try:
+            beside.mkdir()
+            yield beside
+            for file in beside.rglob("*"):
+                _sync(file)
+            _sync(beside)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+            os.replace(beside, path)
+            _sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -117,6 +191,12 @@ def refuse_files(folder: Path, names: Collection[str]) -> None:
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Add one JSON object as a line; what is left of one that could not be written whole, `read_lines` leaves out."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -185,6 +265,7 @@ def check_written(marker: Path) -> None:
             )
 
 
+LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -197,7 +278,8 @@ def lock_folder(folder: Path) -> IO[str]:
         Refused: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    file = (folder / LOCK).open("w")
+    _held[folder] = file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

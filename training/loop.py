@@ -5,7 +5,6 @@ run goes on after any interruption as if there had been none.
 """
 
 import copy
-import json
 import math
 import signal
 import sys
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from . import backbone as B
 from .checkpoints import Checkpoints
-from .files import Diverged, Refused, read_lines, write_lines
+from .files import Diverged, Refused, append_line, read_lines, write_lines
 from .images import Images
 from .launch import Interrupted, Key, StopSignals, seed_all
 from .operations import counting_flops
@@ -394,8 +393,7 @@ class Log:
     def write(self, step: int, **told: float) -> None:
         row = {"phase": self.key.phase, "round": self.key.round, "step": step, **told}
         if self.context.main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.path, row)
         prefix = f"{self.key.name}/"
         row = {prefix + name: value for name, value in row.items() if name != "phase"}
         self.context.accelerator.log(row, step=self.before + step)

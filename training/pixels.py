@@ -8,7 +8,8 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +18,8 @@ import psutil
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from .files import Failed, writing
 
 LARGE = 2**24  # pixels of a picture that is decoded alone, and reduced in bands
 WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
@@ -286,15 +289,27 @@ class Store:
         """Keep [3, h, w] uint8; where it begins."""
         start, self.length = self.length, self.length + picture.size
         if self.memory is not None and self.length > self.limit:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.out = self.file.open("wb")
-            self.out.write(self.memory)
+            with self._writing():
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.out = self.file.open("wb")
+                self.out.write(self.memory)
             self.memory = None
         if self.memory is not None:
             self.memory += picture.tobytes()
         else:
-            self.out.write(picture.tobytes())
+            with self._writing():
+                self.out.write(picture.tobytes())
         return start
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A file that cannot be written whole leaves its place to others."""
+        try:
+            with writing(self.file):
+                yield
+        except Failed:
+            self.file.unlink(missing_ok=True)
+            raise
 
     def close(self) -> Tensor:
         """All of it, [bytes] uint8."""
@@ -302,9 +317,10 @@ class Store:
             return (
                 torch.frombuffer(self.memory, dtype=torch.uint8) if self.memory else torch.zeros(0, dtype=torch.uint8)
             )
-        self.out.flush()
-        os.fsync(self.out.fileno())
-        self.out.close()
+        with self._writing():
+            self.out.flush()
+            os.fsync(self.out.fileno())
+            self.out.close()
         return mapped(self.file)
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from . import folders
-from .files import Failed, Refused
+from .files import Failed, Refused, full_disk, reason
 from .folders import LABEL_COLUMNS, FolderSource, canonical, escape
 from .recipe import Data
 
@@ -206,6 +206,8 @@ def _load(given: str, data: Data) -> tuple[dict[str, datasets.Dataset], Path | N
             found = datasets.load_dataset(str(path) if path.exists() else given, data.name)
             return found, None if path.exists() else Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()
     except Exception as error:  # datasets raises nearly every type, also for what a user mistyped
+        if full := full_disk(error):
+            raise Failed(f"{cache}, where datasets keeps what it reads, cannot be written: {reason(full)}.") from error
         where = "" if path.exists() else " of the Hub, and no such file or folder is here"
         raise Refused(f"data.path: {escape(given)} cannot be read as a data set{where}: {_reasons(error)}") from error
 
