@@ -35,7 +35,7 @@ def page(folder: Path, name: str, records: report.Records, compared: report.Reco
     shown = {name: caption for name, caption in report.PICTURES.items() if (folder / "report" / f"{name}.png").exists()}
     parts = [
         f"---\n{metadata(name, report.last_round(records, own), recipe)}\n---",
-        f"# {name}",
+        f"# {report.plain(name)}",
         recipe.card.about,
         bad,
         what(made, records, own),
@@ -50,7 +50,7 @@ def page(folder: Path, name: str, records: report.Records, compared: report.Reco
         "## Limits",
         limits(recipe),
         "## Recipe",
-        f"With `--data.path` and `--run` of your own it runs as it is:\n\n```yaml\n{portable(recipe)}```",
+        f"With `--data.path` and `--run` of your own it runs as it is:\n\n{report.fenced(portable(recipe), 'yaml')}",
         CITATION,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -82,7 +82,7 @@ def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
 
 def result(record: dict[str, Any], dataset: str | None) -> EvalResult:
     """A record as huggingface_hub knows it; its protocol, layer and settings are arguments of the metric."""
-    source, fingerprint = record["data"].rsplit("@", 1)
+    source, _, fingerprint = record["data"].rpartition("@")
     layer = record["stage"] if record["stage"] == "pooled" else f"stage {record['stage']}"
     told = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if key == "k")
     classifies = record["metric"] == "top1"
@@ -101,10 +101,11 @@ def result(record: dict[str, Any], dataset: str | None) -> EvalResult:
 
 def what(recipe: Recipe, records: report.Records, arm: str) -> str:
     """What the model is, and what it was trained on."""
-    images = recipe.card.dataset or recipe.data.called
+    images = report.plain(recipe.card.dataset or recipe.data.called)
     if recipe.data.limit:
         images = f"{recipe.data.limit:,} images of {images}, {recipe.data.held_out:.0%} of them held out"
-    relearn, name = recipe.relearn, short_name(recipe.model.name)
+    relearn, name = recipe.relearn, report.plain(short_name(recipe.model.name))
+    args = report.plain(str(recipe.model.args)) if recipe.model.args else "as timm has it"
     seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
     origin = f"the weights of {name}, whatever these were trained on" if recipe.model.pretrained else "random weights"
     steps = [f"from {origin}"]
@@ -121,7 +122,7 @@ def what(recipe: Recipe, records: report.Records, arm: str) -> str:
         steps.append(
             f"then from {labels} (k = {', '.join(map(str, recipe.clusters.k))}; rounds {relearn.rounds}), {kept}"
         )
-    return f"""A {name} backbone ({recipe.model.args or "as timm has it"}) without a head, for images of
+    return f"""A {name} backbone ({args}) without a head, for images of
 {recipe.data.size} px. It was trained on {images}: {", ".join(steps)}. In all it has seen {seen} views of images.
 
 The method is SSL++ (Chen et al., IEEE TIP 2022, [doi:10.1109/TIP.2021.3135470](https://doi.org/10.1109/TIP.2021.3135470);
@@ -188,7 +189,7 @@ def limits(recipe: Recipe) -> str:
     licence = {
         None: "No licence was chosen for these weights: ask before you use them.",
         "other": "The images are for research only, and so are these weights.",
-    }.get(recipe.card.license, f"The weights are under {recipe.card.license}.")
+    }.get(recipe.card.license, f"The weights are under {report.plain(recipe.card.license or '')}.")
     return f"""- The features know what is in the training images, with their biases, and were measured on nothing else.
 - It was trained and measured at {recipe.data.size} px alone.
 - Split, schedule, number of clusters and labelling are this project's choices, not the paper's.

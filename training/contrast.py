@@ -191,8 +191,8 @@ def tasks(rows: Records) -> list[list[list[str]]]:
 def transferred(rows: Records) -> list[list[list[str]]]:
     """Paired differences of pooled features on each other data set."""
     result = []
-    for data in dict.fromkeys(r["data"].split("@")[0] for r in rows if r["protocol"] == "transfer"):
-        here = [r for r in rows if r["protocol"] == "transfer" and r["data"].split("@")[0] == data]
+    for data in dict.fromkeys(records.data_of(r) for r in rows if r["protocol"] == "transfer"):
+        here = [r for r in rows if r["protocol"] == "transfer" and records.data_of(r) == data]
         here = [{**r, "protocol": r["settings"]["probe"]} for r in here]
         for name in ("linear pooled", "knn pooled"):
             head, *lines = contrast(here, name, report.split_of(here))
@@ -234,7 +234,7 @@ def write(folder: Path) -> str:
     )
     every = [summary(shown, split), *(contrast(shown, name, split) for name in METRICS), *transferred(shown)]
     tried = grid(rows)
-    parts = [f"# {folder.name}", intro, *(report.as_markdown(lines) for lines in every if len(lines) > 1)]
+    parts = [f"# {report.plain(folder.name)}", intro, *(report.as_markdown(lines) for lines in every if len(lines) > 1)]
     for name, caption in (("stages", "Accuracy and residue by stage"), ("operations", "Accuracy against operations")):
         if (folder / "report" / f"{name}.png").exists():
             parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")

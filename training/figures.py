@@ -68,7 +68,9 @@ def contact_sheet(path: Path, images: Images, labels: Path, rows: int = 12, colu
             strip[:, place * TILE : (place + 1) * TILE] = tile
         axis.imshow(strip)
         axis.set_axis_off()
-        axis.text(-8, TILE / 2, _describe(images, number, members), ha="right", va="center", fontsize=8)
+        axis.text(
+            -8, TILE / 2, _describe(images, number, members), ha="right", va="center", fontsize=8, parse_math=False
+        )
     axes[0, 0].set_title(f"{len(chosen)} of {k} clusters, nearest images first", fontsize=10)
     _save(figure, path)
 

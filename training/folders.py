@@ -31,13 +31,13 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 # What ends a line or a column somewhere, and what stands for a byte that is not UTF-8.
-_UNSAFE = re.compile("[\\\\\x00-\x1f\x7f\x85\u2028\u2029\udc80-\udcff]")
+_UNSAFE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\udc80-\udcff]")
 _ESCAPED = re.compile(r"\\(\\|t|n|r|x[0-9a-f]{2}|u[0-9a-f]{4})")
 _SHORT = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
 def escape(path: str) -> str:
-    r"""A path as it is written: backslashes, tabs, line breaks and bytes that are not UTF-8 as ``\\ \t \n \r \xe9``."""
+    r"""A path as it is written: backslashes, control characters and bytes not of UTF-8 as ``\\ \t \n \u0085 \xe9``."""
 
     def one(found: re.Match) -> str:
         mark = found.group()

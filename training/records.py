@@ -33,6 +33,11 @@ def write(
     write_lines(path, list((kept | {identity(record): record for record in records}).values()))
 
 
+def data_of(record: dict[str, Any]) -> str:
+    """What the data of a record are called, without their fingerprint."""
+    return record["data"].rpartition("@")[0]
+
+
 def versions() -> dict[str, str]:
     """Versions of what a figure may depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "timm", "accelerate")}}

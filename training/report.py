@@ -1,13 +1,18 @@
 """Records to tables: on the screen, in report.md, in cards."""
 
+import html
+import json
+import re
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from . import figures
 from .evaluate.label_free import LEADING
-from .files import read_json, write_text
+from .files import read_json, whole_file, write_text
 from .recipe import Recipe
+from .records import data_of
 
 Records = list[dict[str, Any]]
 Table = list[list[str]]
@@ -71,7 +76,7 @@ def title_of(record: dict[str, Any]) -> str:
     if record["metric"] == "balanced":
         title = title.replace("top-1 %", "mean over classes, %")
     if protocol == "transfer":
-        title = f"{record['data'].split('@')[0]}: {title}"
+        title = f"{data_of(record)}: {title}"
     return f"{title}, k = {settings['k']}" if settings.get("k") else title
 
 
@@ -148,9 +153,24 @@ def as_text(lines: list[list[str]]) -> str:
     )
 
 
+_MARKUP = re.compile(r"[\\`*|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|(?<=:)/(?=/)|(?<=www)\.")
+
+
+def plain(text: str) -> str:
+    """A name from elsewhere, as of a folder, for Markdown: it is shown as it is, and does nothing."""
+    return _MARKUP.sub(r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code, whatever it holds."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
 def as_markdown(lines: list[list[str]]) -> str:
     """A table for Markdown."""
-    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    head, *body = ["| " + " | ".join(map(plain, line)) + " |" for line in lines]
     return "\n".join([head, "|---" + "|---:" * (len(lines[0]) - 1) + "|", *body])
 
 
@@ -214,7 +234,7 @@ def usage(model: str, size: int) -> str:
     return f"""import timm, torch
 from PIL import Image
 
-model = timm.create_model("{model}", pretrained=True, num_classes=0).eval()
+model = timm.create_model({json.dumps(model, ensure_ascii=False)}, pretrained=True, num_classes=0).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = Image.new("RGB", ({2 * size}, {2 * size}))  # your own: Image.open("photo.jpg").convert("RGB")
 with torch.no_grad():
@@ -230,7 +250,8 @@ def draw(folder: Path, records: Records, arm: str, last: Path) -> None:
     figures.curves(folder / "report" / "curves.png", folder / "metrics.jsonl")
     sheet = last / "clusters.png"
     if sheet.exists():
-        (folder / "report" / "clusters.png").write_bytes(sheet.read_bytes())
+        with whole_file(folder / "report" / "clusters.png") as beside:
+            shutil.copyfile(sheet, beside)
 
 
 def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) -> str:
@@ -244,12 +265,13 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
     account = read_json(folder / "data.json", "splits")["splits"]
     bad = worse(records, arm, recipe.relearn.export)
-    parts = [f"# {folder.name}", *([bad] if bad else []), gain(records, arm), f"The images: {splits_line(account)}."]
+    parts = [f"# {plain(folder.name)}", *([bad] if bad else []), gain(records, arm)]
+    parts.append(f"The images: {plain(splits_line(account))}.")
     parts += map(as_markdown, found)
     for name, caption in PICTURES.items():
         if (folder / "report" / f"{name}.png").exists():
             parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")
-    parts.append(f"## Use it\n\n```python\n{code}\n```")
+    parts.append(f"## Use it\n\n{fenced(code, 'python')}")
     parts.append("Figures are in records.jsonl, the recipe in recipe.yaml.")
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
     # On the screen what is read first: top-1, and one number of neighbours.

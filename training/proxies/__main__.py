@@ -64,7 +64,7 @@ def write(folder: Path) -> None:
     figures.tasks(folder / "report" / "tasks.png", contrast.probed(rows))
     tables = [*contrast.tasks(rows), *(agreement.agreement(rows, probe) for probe in agreement.PROBES)]
     print("\n\n".join(map(report.as_text, tables)))
-    parts = [f"# {folder.name}", *map(report.as_markdown, tables), "![Proxy tasks](report/tasks.png)"]
+    parts = [f"# {report.plain(folder.name)}", *map(report.as_markdown, tables), "![Proxy tasks](report/tasks.png)"]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
 
 

@@ -1,0 +1,74 @@
+"""Names that would be Markdown, HTML, mathematics or a terminal's commands: shown as they are, and nothing else."""
+
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.conftest import TINY_RUN, call, make_images, write_png
+from training import records, report
+from training.__main__ import main
+from training.files import Failed
+
+MATHS = "$x^{$ | <img src=x onerror=alert(1)>"
+LINK = "[a](javascript:alert(1))"
+DATA = "we|ird @ <script>alert(1)<!-- `x` https:evil"
+
+
+def outside_code(text):
+    return re.sub(r"^(```+).*?^\1$|`[^`\n]+`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_hostile_names_of_files_and_classes_break_neither_report_nor_card(tmp_path):
+    data, run = tmp_path / DATA, tmp_path / "`run` <b>"
+    images = make_images(24, classes=2)
+    for i in range(24):
+        picture = images.pixels.picture(i).permute(1, 2, 0)
+        write_png(data / "train" / (MATHS, LINK)[images.labels[i]] / f"{i}\n|\x1b[2J.png", picture)
+    done = call(
+        main, *TINY_RUN, "--data.path", data, "--run", run, "--proxy.epochs", "0", "--relearn.epochs", "1",
+        "--evaluate.transfer", json.dumps([str(data)]), "--evaluate.shots", "[]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[2J" not in done.stdout
+    for page in (run / "report.md", run / "hub" / "README.md"):
+        text = page.read_text()
+        shown = outside_code(text.split("\n---\n")[-1])
+        assert "alert(1)" in shown
+        assert not re.search(r"<(script|img|b>|!--)|\]\(javascript", shown)
+        tables = [block.split("\n") for block in shown.split("\n\n") if block.startswith("|")]
+        assert tables
+        for table in tables:
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, table
+        code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL).group(1)
+        compile(code, page.name, "exec")
+    assert ModelCard.load(run / "hub" / "README.md").data.eval_results[0].dataset_name == DATA
+    assert {records.data_of(row) for row in records.read(run / "records.jsonl")} == {DATA}
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("proxy_short", "proxy_short"),
+        ("_em_ *strong*", r"\_em\_ \*strong\*"),
+        ("a|b\nc", r"a\|b c"),
+        ("<b>&amp;", "&lt;b&gt;&amp;amp;"),
+        ("[16, 32]", "[16, 32]"),
+        ("[a](b) [a][b] [a]: b", r"[a\](b) [a\][b] [a\]: b"),
+        ("http://x www.x", r"http:\//x www\.x"),
+    ],
+)
+def test_a_name_is_written_so_that_markdown_shows_it(name, written):
+    assert report.plain(name) == written
+
+
+def test_code_is_fenced_by_more_than_it_holds():
+    assert report.fenced("a\n```\nb\n", "yaml") == "````yaml\na\n```\nb\n````"
+
+
+def test_what_a_terminal_would_obey_is_spelled_out():
+    def fail(arguments):
+        raise Failed("the Hub says \x1b]0;x\x07 \u202e \udce9\nand more")
+
+    assert call(fail).stderr == "error: the Hub says \\x1b]0;x\\x07 \\u202e \\udce9\\nand more\n"
