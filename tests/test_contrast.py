@@ -76,7 +76,7 @@ def test_a_test_split_without_labels_hides_nothing():
     turned = [{**r, "protocol": "residue", "split": "test"} for r in rows() if r["protocol"] == "linear"]
     assert report.split_of(known + turned) == "val"
     assert report.split_of(turned) == "test"
-    summary, linear, _ = contrast.tables(known + turned)
+    _, summary, linear, _ = contrast.tables(known + turned)
     assert [line[1] for line in summary[1:]] == [line[1] for line in linear[1:]] == ["62.0", "60.0", "30.0"]
 
 

@@ -49,6 +49,13 @@ def test_regularisation_is_chosen_on_the_held_out_part():
     assert tried[c] == pytest.approx(max(tried.values()), abs=0.01)
 
 
+def test_chance_is_the_best_guess_that_looks_at_no_image():
+    assert E.by_chance(torch.tensor([3, 0, 0, 0, 1, 3])) == {"top1": 0.5, "balanced": 0.3333}
+    truth = torch.tensor([0, 0, 0, 1])
+    always = E.accuracies(torch.zeros(4, dtype=torch.long), truth, balanced=True)
+    assert E.by_chance(truth) == always
+
+
 def test_the_held_out_part_alone_chooses_the_regularisation():
     """Labels that are noise on training features: they are learned by heart with the largest C, which does worst."""
     generator = torch.Generator().manual_seed(0)

@@ -91,6 +91,43 @@ def test_figures_are_drawn_whole(tmp_path):
         assert shades > 20
 
 
+def test_the_share_of_neighbours_of_a_class_is_of_all_held_out_images():
+    images = make_images(60)
+    perfect = torch.nn.functional.one_hot(images.labels, 4).float()
+    turned = torch.nn.functional.one_hot((images.labels + images.held_out.long()) % 4, 4).float()
+    half = torch.where((torch.arange(60) % 14 == 0).unsqueeze(1), turned, perfect)  # every other held-out one is wrong
+    held = int(images.held_out.sum())
+    wrong = int(images.held_out[::14].sum())
+    share = images.labels[~images.held_out].bincount() / (60 - held)
+    for rows, expected in ((perfect, 1.0), (turned, 0.0), (half, 1 - wrong / held)):
+        found, chance, of = figures.same_class(rows, images, images.all, 6)
+        assert (found, of) == (pytest.approx(expected), held)
+        assert chance == pytest.approx(share[images.labels[images.held_out]].mean())
+
+
+def test_both_sides_say_how_often_neighbours_are_of_the_class(tmp_path, monkeypatch):
+    images, kept = make_images(60), []
+    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure))
+    perfect = torch.nn.functional.one_hot(images.labels, 4).float()
+    figures.neighbours(tmp_path / "n.png", {"a": torch.ones(60, 4), "b": perfect}, images, images.all)
+    told = [text.get_text() for axis in kept[0].axes for text in axis.texts]
+    assert len(told) == 2
+    assert "100% are of the same class" in told[1]
+    assert "of all 9 held-out images" in told[1]
+
+
+def test_chance_is_marked_as_the_records_tell_it(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure))
+    rows = [{**r, "settings": {**r["settings"], "chance": 0.4}} if r["protocol"] == "linear" else r for r in a_run()]
+    figures.stages(tmp_path / "s.png", rows, ["random", "proxy_short", "sslpp"], "test")
+    linear, knn, residue = kept[0].axes
+    assert [text.get_text() for text in linear.texts] == ["chance 40 %"]
+    assert linear.lines[-1].get_ydata() == pytest.approx([40, 40])
+    assert not knn.texts  # these records are older, and do not tell
+    assert residue.texts[0].get_text() == "chance 25 %, far below"  # a line there would press the curves flat
+
+
 def test_the_same_records_draw_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         figures.stages(tmp_path / f"{name}.png", a_run(), ["random", "sslpp"], "test")
@@ -107,6 +144,8 @@ def test_a_contact_sheet_shows_the_nearest_images_first(tmp_path, labelled):
     labels, distances = np.arange(30) % 3, np.linspace(1, 0, 30).astype(np.float32)
     write_labels(tmp_path / "l.parquet", images, images.all, {"label_3": labels, "distance_3": distances})
     figures.contact_sheet(tmp_path / "sheet.png", images, tmp_path / "l.parquet", columns=4)
+    words = figures._describe(images, 2, np.arange(0, 30, 4))
+    assert words == "cluster 2: 8 images" + ("\n100% are of class 'class\n0'" if labelled else "")
     size, shades = drawn(tmp_path / "sheet.png")
     assert min(size) > 200
     assert shades > 20

@@ -327,6 +327,11 @@ def test_images_without_labels_and_odd_files_go_through(tmp_path):
     assert {(f"agreement_of_{what}", k) for what in ("seeds", "views") for k in (3, 5)} <= stability
     assert re.search(r"^k = 3 +0\.\d{3} +0\.\d{3}", done.stdout, re.M)
     assert (tmp_path / "run" / "bad_images.txt").read_text().count("\n") == 1
+    text = (tmp_path / "run" / "report.md").read_text()
+    order = [text.index(words) for words in ("retrieval ", "(report/neighbours.png)", "(report/clusters.png)", "|---")]
+    assert order == sorted(order)
+    assert "top-1" not in text.split("residue")[0]
+    assert not re.search(r"^#.*\n+(#|\Z)", text.split("\n", 1)[1], re.M)  # no section is empty
 
 
 def test_proxy_weights_may_come_from_a_folder_and_phase_1_may_be_left_out(finished, picture_folder, tmp_path):

@@ -13,8 +13,8 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments:
         from . import compare
 
-        arms = ["random", "proxy", "scratch", "finetune_all", "sslpp"]
-        compare.main(["--config", str(QUICKSTART)], arms=arms, seeds=[3, 4, 5], grid=[1.0])
+        arms = ["random", "proxy", "scratch", "sslpp"]
+        compare.main(["--config", str(QUICKSTART)], arms=arms, seeds=[3, 4, 5, 6, 7], grid=[1.0])
         return
     from .command import parse
     from .launch import StopSignals

@@ -7,7 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from . import arms as A
 from . import contrast, proxies, report
 from .command import short_name
 from .recipe import Recipe, to_yaml
@@ -174,14 +173,12 @@ def comparison(records: report.Records) -> list[str]:
     """The model beside its controls; nothing where there are none."""
     if not records:
         return []
-    tables = contrast.tables(records)
-    arms, seeds = contrast.arms_and_seeds(contrast.final(records))
-    told = [f"`{arm}`: {A.title(arm)}." for arm in arms if arm in A.ARMS]
+    seeds = contrast.arms_and_seeds(contrast.final(records))[1]
     words = f"""### Beside its controls
 
-Seeds {", ".join(map(str, seeds))}; columns tell what each arm has seen and cost. Differences are sslpp minus the arm;
-one counts only if its 95 % t interval excludes 0."""
-    return [words, *map(report.as_markdown, tables), "\n".join(f"- {line}" for line in told)]
+Seeds {", ".join(map(str, seeds))}. Differences are sslpp minus the arm; one counts only if its 95 % t interval excludes
+0."""
+    return [words, *map(report.as_markdown, contrast.tables(records))]
 
 
 def limits(recipe: Recipe) -> str:

@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 
 from . import arms as A
 from . import backbone as B
-from . import contrast, launch, proxies, records, setup
+from . import launch, proxies, records, report, setup, verdict
 from .command import Parser, from_values, guarded, parser
 from .files import Diverged, Refused, lock_folder, nothing_left, whole_folder, write_text
 from .limits import NonNegativeInt, PositiveFloat
@@ -212,10 +212,12 @@ def compare(
                     )
             accelerator.wait_for_everyone()
             this.keep(this.run(place, arm, seed, lr, variant, test=True))
-    text = contrast.write(folder) if context.main else ""
+    text = verdict.write(folder) if context.main else ""
     if "sslpp" in arms:  # whose backbone is worth having: with a report and hub/ of its own
         place = folder / f"seed_{seeds[0]}" / "sslpp"
         run(this.recipe_of(place, "sslpp", seeds[0], *this.choose("sslpp")), stop, read, comparison=folder)
+        context.say(f"\nThe backbone of sslpp, seed {seeds[0]}, with a report of its own in {place / 'report.md'}:\n")
+        context.say(report.usage(f"local-dir:{place / 'hub'}", recipe.data.size))
     context.say(text)
     if lock:
         lock.close()

@@ -1,17 +1,18 @@
-"""A comparison's records to tables and figures: means, paired differences over seeds, and their intervals."""
+"""A comparison's records to tables: means, paired differences over seeds, and their intervals."""
 
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from . import figures, records, report
-from .files import write_text
+from . import arms as A
+from . import report
+from .evaluate.label_free import LEADING
 
 Records = list[dict[str, Any]]
 KNN = 20
+WITHOUT_LABELS = "label_free pooled"
 METRICS = {
     "linear pooled": "linear probe, pooled",
     "linear best": "linear probe, best stage",
@@ -22,6 +23,7 @@ METRICS = {
     "knn last": f"nearest neighbours (k = {KNN}), last stage",
     "knn drop": f"nearest neighbours (k = {KNN}), drop from the best stage to the last",
     "residue pooled": "residue of the proxy, pooled",
+    WITHOUT_LABELS: f"{LEADING} (needs no labels), pooled",
 }
 
 
@@ -35,12 +37,15 @@ def final(rows: Records) -> Records:
 
 
 def metric(rows: Records, arm: str, seed: int, name: str, split: str) -> float | None:
-    """A metric of one arm and seed in points, None where it was not measured."""
+    """A metric of one arm and seed in points, None where it was not measured; without labels of held-out images."""
     protocol, which = name.split()
+    measured, split = (LEADING, "val") if protocol == "label_free" else ("top1", split)
     found = [r for r in rows if (r["arm"], r["seed"], r["protocol"], r["split"]) == (arm, seed, protocol, split)]
-    found = [r for r in found if r["metric"] == "top1"]
+    found = [r for r in found if r["metric"] == measured]
     found = [r for r in found if protocol != "knn" or r["settings"]["k"] == min(KNN, r["settings"]["n"])]
     by_stage = {r["stage"]: 100 * r["value"] for r in found}
+    if which.isdecimal():
+        return by_stage.get(int(which))
     pooled, stages = by_stage.pop("pooled", None), sorted(by_stage)
     if which == "pooled" or not stages:
         return pooled
@@ -89,41 +94,65 @@ def contrast(rows: Records, name: str, split: str) -> list[list[str]]:
         if not known:
             continue
         line = [arm, f"{sum(known) / len(known):.1f}"]
-        ours = {seed: metric(rows, "sslpp", seed, name, split) for seed in seeds}
-        paired = {s: ours[s] - values[s] for s in seeds if values[s] is not None and ours[s] is not None}
-        if arm == "sslpp" or not paired:
+        differences = paired(rows, "sslpp", arm, name, split)
+        if arm == "sslpp" or not differences:
             lines.append([*line, *(f"({values[s]:.1f})" if values[s] is not None else "" for s in seeds), "", ""])
             continue
-        line += [f"{paired[s]:+.1f}" if s in paired else "" for s in seeds]
-        lines.append([*line, *told(list(paired.values()))])
+        line += [f"{differences[s]:+.1f}" if s in differences else "" for s in seeds]
+        lines.append([*line, *told(list(differences.values()))])
     return lines
+
+
+SUMMARY = {
+    "linear pooled": "linear",
+    "linear best": "linear, best stage",
+    "linear last": "linear, last stage",
+    "linear drop": "linear, drop",
+    "knn pooled": f"kNN {KNN}",
+    "knn drop": f"kNN {KNN}, drop",
+    WITHOUT_LABELS: LEADING,
+    "residue pooled": "residue",
+}
 
 
 def summary(rows: Records, split: str) -> list[list[str]]:
-    """Every arm's means and what it cost."""
-    arms, seeds = arms_and_seeds(rows)
-    head = ["mean over seeds, %", "linear", "best stage", "last", "drop", f"kNN {KNN}", "drop", "residue"]
-    lines = [[*head, "images seen", "operations", "minutes"]]
+    """Every arm's means, of what was measured."""
+    arms, _ = arms_and_seeds(rows)
+    found = {name: {arm: over_seeds(rows, arm, name, split) for arm in arms} for name in SUMMARY}
+    labelled = leading(rows, split) != [WITHOUT_LABELS]
+    names = [name for name in SUMMARY if any(found[name].values()) and not (labelled and name == WITHOUT_LABELS)]
+    lines = [["mean over seeds, %", *(SUMMARY[name] for name in names)]]
     for arm in arms:
-        cells = [arm]
-        for name in (
-            "linear pooled", "linear best", "linear last", "linear drop", "knn pooled", "knn drop", "residue pooled",
-        ):  # fmt: skip
-            known = [v for s in seeds if (v := metric(rows, arm, s, name, split)) is not None]
-            cells.append(f"{sum(known) / len(known):.1f}" if known else "")
-        one = [r for r in rows if r["arm"] == arm]
-        if one:
-            cost = {k: sum(r[k] for r in one) / len(one) for k in ("images_seen", "flops", "seconds")}
-            told = (f"{cost['images_seen']:,.0f}", f"{cost['flops']:.2e}", f"{cost['seconds'] / 60:.0f}")
-            lines.append([*cells, *told])
+        values = [found[name][arm] for name in names]
+        if any(values):
+            lines.append([arm, *(f"{statistics.mean(known):.1f}" if known else "" for known in values)])
     return lines
 
 
+def costs(rows: Records) -> list[list[str]]:
+    """What every arm is, what it has seen and what it cost."""
+    lines = [["arm", "what it is", "images seen", "operations, 10^12", "minutes"]]
+    for arm in arms_and_seeds(rows)[0]:
+        own = [r for r in rows if r["arm"] == arm]
+        seen, flops, seconds = (statistics.mean(r[k] for r in own) for k in ("images_seen", "flops", "seconds"))
+        what = A.title(arm) if arm in A.ARMS else ""
+        lines.append([arm, what, f"{seen:,.0f}", f"{flops / 1e12:.3g}", f"{seconds / 60:.1f}"])
+    return lines
+
+
+def leading(rows: Records, split: str) -> list[str]:
+    """The metrics that are shown first: pooled features' by labels, or where there are none the one that needs none."""
+    arms, _ = arms_and_seeds(rows)
+    probes = [name for name in ("linear pooled", "knn pooled") if any(over_seeds(rows, a, name, split) for a in arms)]
+    return probes or [WITHOUT_LABELS]
+
+
 def tables(rows: Records) -> list[list[list[str]]]:
-    """The tables to show first: all arms' means, and the paired differences of the pooled features."""
+    """The tables to show first: what the arms are, their means, and the paired differences of the pooled features."""
     rows = final(rows)
     split = report.split_of(rows)
-    return [summary(rows, split), *(contrast(rows, name, split) for name in ("linear pooled", "knn pooled"))]
+    made = [costs(rows), summary(rows, split), *(contrast(rows, name, split) for name in leading(rows, split))]
+    return [lines for lines in made if len(lines) > 1]
 
 
 def by_task(rows: Records) -> dict[str, Records]:
@@ -138,11 +167,15 @@ def over_seeds(rows: Records, arm: str, name: str, split: str) -> list[float]:
     return [v for seed in seeds if (v := metric(rows, arm, seed, name, split)) is not None]
 
 
+def paired(rows: Records, arm: str, over: str, name: str, split: str) -> dict[int, float]:
+    """An arm's metric less another's, in points, by seed, of the seeds that have both."""
+    pairs = {seed: [metric(rows, one, seed, name, split) for one in (arm, over)] for seed in arms_and_seeds(rows)[1]}
+    return {seed: one - other for seed, (one, other) in pairs.items() if one is not None and other is not None}
+
+
 def gained(rows: Records, arm: str, over: str, name: str, split: str) -> tuple[str, ...]:
     """Mean of an arm's paired differences over another, their interval, and whether it excludes 0."""
-    seeds = arms_and_seeds(rows)[1]
-    pairs = [[metric(rows, one, seed, name, split) for one in (arm, over)] for seed in seeds]
-    differences = [one - other for one, other in pairs if one is not None and other is not None]
+    differences = list(paired(rows, arm, over, name, split).values())
     return (f"{statistics.mean(differences):+.1f}", *told(differences)) if differences else ("", "", "")
 
 
@@ -216,30 +249,3 @@ def grid(rows: Records) -> list[list[str]]:
     for (arm, setting), value in tried.items():
         lines.append([arm, setting, f"{value:.1f}", "yes" if (arm, setting) == best[arm] else ""])
     return lines
-
-
-def write(folder: Path) -> str:
-    """Write a comparison's report.md and figures from its records; the text for the screen."""
-    rows = records.read(folder / "records.jsonl")
-    shown = final(rows)
-    split = report.split_of(shown)
-    arms, seeds = arms_and_seeds(shown)
-    figures.stages(folder / "report" / "stages.png", shown, arms, split)
-    figures.costs(folder / "report" / "operations.png", shown, arms, split)
-    where = {"val": "the held-out part of train", "test": "the test split"}[split]
-    intro = (
-        f"Top-1 on {where}, seeds {', '.join(map(str, seeds))}. Differences are sslpp minus the arm, paired by seed: "
-        "positive ones speak for SSL++, but for drop and residue, where less is better. A difference counts only if "
-        "its 95 % t interval excludes 0."
-    )
-    every = [summary(shown, split), *(contrast(shown, name, split) for name in METRICS), *transferred(shown)]
-    tried = grid(rows)
-    parts = [f"# {report.plain(folder.name)}", intro, *(report.as_markdown(lines) for lines in every if len(lines) > 1)]
-    for name, caption in (("stages", "Accuracy and residue by stage"), ("operations", "Accuracy against operations")):
-        if (folder / "report" / f"{name}.png").exists():
-            parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")
-    if len(tried) > 1:
-        parts += ["## Learning rates", report.as_markdown(tried)]
-    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
-    screen = [report.as_text(lines) for lines in tables(rows) if len(lines) > 1]
-    return "\n\n".join(["", intro, *screen, f"More, with figures: {folder / 'report.md'}"])

@@ -48,8 +48,8 @@ def export(
         B.save(B.load(source), beside, images, tag=recipe.proxy.name, license=recipe.card.license or "")
         if (folder / "report").exists():
             shutil.copytree(folder / "report", beside / "report")
-        if comparison and (comparison / "report" / "stages.png").exists():
-            shutil.copy(comparison / "report" / "stages.png", beside / "report" / "arms.png")
+        if comparison and (comparison / "report" / "differences.png").exists():
+            shutil.copy(comparison / "report" / "differences.png", beside / "report" / "arms.png")
         compared = read(comparison / "records.jsonl") if comparison else []
         write_text(beside / "README.md", card.page(beside, (comparison or folder).name, records, compared, recipe, arm))
     check(hub, source, images)

@@ -1,5 +1,6 @@
-"""Figures of a run, drawn from records, metrics and images."""
+"""Figures of a run, drawn from records, metrics and images. charts.py draws arms side by side."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .arms import COLOURS
+from .evaluate.label_free import LEADING
 from .files import read_lines, whole_file
 from .images import Images
 from .views import resized_crop
@@ -18,26 +20,57 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NO_CURVES = ("phase", "round", "step", "images", "images_per_second", "lr")
-TILE = 64  # px of an image in a sheet
+TILE, GAP = 64, 4  # px of an image in a sheet, and between two
+WHERE = {"val": "held-out images", "test": "test"}
 PANELS = (
-    ("linear", None, "linear probe"),
-    ("knn", 20, "nearest neighbours"),
-    ("residue", None, "residue of the proxy"),
+    ("linear", "top1", None, "linear probe"),
+    ("knn", "top1", 20, "nearest neighbours"),
+    ("label_free", LEADING, None, f"{LEADING}, which needs no labels"),
+    ("residue", "top1", None, "residue of the proxy (less is better)"),
 )
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save(figure: plt.Figure, path: Path) -> None:
     with whole_file(path) as beside:
         # No date and version in the file: the same data gives the same bytes.
         figure.savefig(beside, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
 
-def _mean_and_bars(groups: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+def mean_and_bars(groups: list[list[float]]) -> tuple[list[float], list[list[float]]]:
     """Means of groups of values, and how far the smallest and largest of each lie from it, as errorbar wants them."""
     mean = [np.mean(values) for values in groups]
     pairs = list(zip(mean, groups, strict=True))
     return mean, [[m - min(values) for m, values in pairs], [max(values) - m for m, values in pairs]]
+
+
+def chance_of(records: list[dict[str, Any]]) -> float | None:
+    """What guessing reaches at a protocol, as its records tell, in percent; None where they do not."""
+    for record in records:
+        settings = record["settings"]
+        if record["metric"] == LEADING:  # one of so many images
+            return 100 / settings["n"]
+        if record["metric"] == "top1" and settings.keys() & {"chance", "views"}:
+            return 100 * settings["chance"] if "chance" in settings else 100 / settings["views"]
+    return None
+
+
+def mark_chance(axis: plt.Axes, records: list[dict[str, Any]], vertical: bool = False) -> None:
+    """A line where guessing is, or, where that is far below what the axis shows, words that say so."""
+    chance = chance_of(records)
+    if chance is None:
+        return
+    low, high = axis.get_xlim() if vertical else axis.get_ylim()
+    told = f"chance {chance:.3g} %"
+    if chance < low - (high - low):
+        place, told = ((0.98, 1.01), f"{told}, far to the left") if vertical else ((0.98, 0.03), f"{told}, far below")
+        axis.text(*place, told, ha="right", fontsize=8, color="#555555", transform=axis.transAxes)
+        return
+    (axis.axvline if vertical else axis.axhline)(chance, color="#555555", ls=":", lw=1.2, zorder=0)
+    place, anchor = ((chance, 0.98), (4, -2)) if vertical else ((0.98, chance), (0, 3))
+    transform = axis.get_xaxis_transform() if vertical else axis.get_yaxis_transform()
+    axis.annotate(told, place, anchor, xycoords=transform, textcoords="offset points", fontsize=8, color="#555555",
+                  ha="left" if vertical else "right", va="top" if vertical else "bottom")  # fmt: skip
 
 
 def tiles(images: Images, indices: Tensor) -> np.ndarray:
@@ -63,37 +96,45 @@ def contact_sheet(path: Path, images: Images, labels: Path, rows: int = 12, colu
     for axis, number in zip(axes[:, 0], chosen, strict=True):
         members = np.flatnonzero(found == number)
         nearest = members[np.argsort(distance[members], kind="stable")][:columns]
-        strip = np.full((TILE, columns * TILE, 3), 255, np.uint8)
+        strip = np.full((TILE, columns * (TILE + GAP), 3), 255, np.uint8)
         for place, tile in enumerate(tiles(images, torch.from_numpy(nearest))):
-            strip[:, place * TILE : (place + 1) * TILE] = tile
+            strip[:, place * (TILE + GAP) :][:, :TILE] = tile
         axis.imshow(strip)
         axis.set_axis_off()
         axis.text(
             -8, TILE / 2, _describe(images, number, members), ha="right", va="center", fontsize=8, parse_math=False
         )
-    axes[0, 0].set_title(f"{len(chosen)} of {k} clusters, nearest images first", fontsize=10)
-    _save(figure, path)
+    shown = "All" if len(chosen) == k else f"{len(chosen)} of"
+    axes[0, 0].set_title(f"{shown} {k} clusters, the images nearest to each one's centre first", fontsize=10)
+    save(figure, path)
 
 
 def _describe(images: Images, number: int, members: np.ndarray) -> str:
-    text = f"cluster {number}\n{len(members)} images"
+    text = f"cluster {number}: {len(members)} images"
     if images.labels is not None:
         classes = images.labels[torch.from_numpy(members)]
         classes = classes[classes >= 0]
         if len(classes):
             most = int(classes.mode().values)
-            text += f"\n{100 * (classes == most).double().mean():.0f} % {images.label_names[most][:16]}"
+            told = f"{(classes == most).double().mean():.0%} are of class {images.label_names[most][:24]!r}"
+            text += "\n" + textwrap.fill(told, 26)
     return text
 
 
 def stages(path: Path, records: list[dict[str, Any]], arms: list[str], split: str) -> None:
-    """Accuracy and residue against stage, a line for each arm; shaded from the smallest seed to the largest."""
-    panels = [p for p in PANELS if any(r["protocol"] == p[0] for r in records)]
+    """Accuracy, without labels a score that needs none, and residue against stage, a line for each arm.
+
+    Shaded from the smallest seed to the largest.
+    """
+    protocols = {r["protocol"] for r in records}
+    protocols -= {"label_free"} if "linear" in protocols else set()
+    panels = [p for p in PANELS if p[0] in protocols]
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), squeeze=False)
-    for axis, (protocol, k, title) in zip(axes[0], panels, strict=True):
-        rows = [r for r in records if (r["protocol"], r["split"], r["metric"]) == (protocol, split, "top1")]
+    for axis, (protocol, metric, k, title) in zip(axes[0], panels, strict=True):
+        where = "val" if protocol == "label_free" else split  # these scores are of held-out images alone
+        rows = [r for r in records if (r["protocol"], r["split"], r["metric"]) == (protocol, where, metric)]
         present = {r["settings"].get("k") for r in rows}
         k = k if k in present else min(present, default=None, key=lambda n: n or 0)
         rows = [r for r in rows if r["settings"].get("k") == k]
@@ -110,32 +151,12 @@ def stages(path: Path, records: list[dict[str, Any]], arms: list[str], split: st
         axis.set_xticks([*places, max(places, default=0) + 1], [*map(str, places), "pooled"])
         axis.set_title(f"{title}, k = {k}" if k else title, fontsize=10)
         axis.set_xlabel("stage")
-        axis.set_ylabel(f"top-1 on {split}, %")
+        axis.set_ylabel(f"{metric.replace('top1', 'top-1')} on {WHERE[where]}, %")
         axis.grid(alpha=0.3)
+        mark_chance(axis, rows)
     figure.tight_layout()
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    _save(figure, path)
-
-
-def costs(path: Path, records: list[dict[str, Any]], arms: list[str], split: str) -> None:
-    """Pooled linear accuracy against floating-point operations, a point for each arm, bars from seed to seed."""
-    wanted = ("linear", "pooled", split, "top1")
-    rows = [r for r in records if (r["protocol"], r["stage"], r["split"], r["metric"]) == wanted]
-    if not rows:
-        return
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    for arm in arms:
-        here = [r for r in rows if r["arm"] == arm]
-        if not here:
-            continue
-        x = np.mean([r["flops"] for r in here])
-        y, spread = _mean_and_bars([[100 * r["value"] for r in here]])
-        axis.errorbar(x, y, yerr=spread, fmt="o", color=COLOURS[arm], capsize=3, label=arm)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    axis.set_xlabel("floating-point operations (forward, backward, clustering)")
-    axis.set_ylabel(f"linear probe, pooled, top-1 on {split}, %")
-    axis.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def lowshot(path: Path, records: list[dict[str, Any]], arms: list[str], split: str) -> None:
@@ -155,29 +176,11 @@ def lowshot(path: Path, records: list[dict[str, Any]], arms: list[str], split: s
     axis.set_xscale("log", base=2)
     axis.set_xticks(shots, map(str, shots))
     axis.set_xlabel("labelled images of each class")
-    axis.set_ylabel(f"linear probe, pooled, top-1 on {split}, %")
+    axis.set_ylabel(f"linear probe, pooled, top-1 on {WHERE[split]}, %")
     axis.grid(alpha=0.3)
+    mark_chance(axis, rows)
     axis.legend(fontsize=8)
-    _save(figure, path)
-
-
-def tasks(path: Path, found: dict[str, dict[str, list[float]]]) -> None:
-    """Accuracies of each seed by proxy task and arm: a row for each task, a point for each arm, bars over seeds."""
-    figure, axis = plt.subplots(figsize=(6.8, 0.42 * len(found) + 1.2))
-    arms = list(dict.fromkeys(arm for values in found.values() for arm in values))
-    for number, arm in enumerate(arms):
-        shift = 0.5 * (number - (len(arms) - 1) / 2) / len(arms)
-        rows = [(place + shift, values[arm]) for place, values in enumerate(found.values()) if arm in values]
-        mean, spread = _mean_and_bars([values for _, values in rows])
-        axis.errorbar(
-            mean, [place for place, _ in rows], xerr=spread, fmt="o", ms=5, color=COLOURS[arm], capsize=2, label=arm
-        )
-    axis.set_yticks(range(len(found)), list(found))
-    axis.invert_yaxis()
-    axis.set_xlabel("linear probe, pooled, top-1 %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    _save(figure, path)
+    save(figure, path)
 
 
 def fine_tuned(path: Path, found: dict[str, dict[float, list[float]]]) -> None:
@@ -185,7 +188,7 @@ def fine_tuned(path: Path, found: dict[str, dict[float, list[float]]]) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
     for start, values in found.items():
         name = next((name for name in ("scratch", "proxy") if start.endswith(name)), "sslpp")
-        mean, spread = _mean_and_bars(list(values.values()))
+        mean, spread = mean_and_bars(list(values.values()))
         axis.errorbar(list(values), mean, yerr=spread, fmt="o-", color=COLOURS[name], capsize=3, label=start)
     shares = sorted({share for values in found.values() for share in values})
     axis.set_xscale("log")
@@ -195,7 +198,7 @@ def fine_tuned(path: Path, found: dict[str, dict[float, list[float]]]) -> None:
     axis.set_ylabel("fine-tuned, top-1 on test, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(path: Path, metrics: Path) -> None:
@@ -232,47 +235,75 @@ def curves(path: Path, metrics: Path) -> None:
         axes[0, column].set_title(f"{name} {number}" if number else name, fontsize=10)
         axes[-1, column].set_xlabel("images seen")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
+
+
+def same_class(unit: Tensor, images: Images, shown: Tensor, count: int) -> tuple[float, float, int]:
+    """How often the nearest training images of held-out ones are of the same class.
+
+    Args:
+        unit: [n, D] unit rows of `shown`.
+        images: the training split, with labels.
+        shown: [n] indices, held-out ones and others.
+        count: how many nearest are looked at.
+
+    Returns:
+        The share, that of a random choice, and how many held-out images have a class.
+    """
+    labels, held_out = images.labels[shown], images.held_out[shown]
+    asked, bank = ((mask & (labels >= 0)).nonzero().flatten() for mask in (held_out, ~held_out))
+    same = []
+    for part in asked.split(1000):
+        nearest = bank[(unit[part] @ unit[bank].T).topk(min(count, len(bank)), dim=1).indices]
+        same.append((labels[nearest] == labels[part].unsqueeze(1)).double().mean(1))
+    shares = torch.bincount(labels[bank], minlength=int(labels.max()) + 1) / len(bank)
+    return torch.cat(same).mean().item(), shares[labels[asked]].mean().item(), len(asked)
 
 
 def neighbours(path: Path, features: dict[str, Tensor], images: Images, shown: Tensor, rows: int = 8) -> None:
-    """Held-out images and their nearest training images under two backbones, side by side.
+    """Held-out images, drawn at random, and their nearest training images under two backbones, side by side.
+
+    Under each side stands how often the nearest of all held-out images among `shown` are of the same class.
 
     Args:
         path: where the figure goes.
         features: [n, D] of `shown` for each backbone.
         images: the training split.
-        shown: [n] indices; a sample of `rows` of the held-out ones among them is asked about.
+        shown: [n] indices of training and held-out images.
+        rows: held-out images that are drawn.
     """
     held_out = images.held_out[shown]
     asked, bank = images.sample(held_out.nonzero().flatten(), rows), (~held_out).nonzero().flatten()
     count = min(6, len(bank))
-    figure, axes = plt.subplots(
-        len(asked), 2 * count + 2, figsize=(2 * count + 2, 1.08 * len(asked) + 0.5), squeeze=False
-    )
+    size = (2 * count + 2, 1.08 * len(asked) + 0.9)
+    figure, axes = plt.subplots(len(asked), 2 * count + 2, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
         for side in axis.spines.values():
             side.set_visible(False)
     labels = images.labels
-    for row, query in enumerate(asked.tolist()):
-        axes[row, 0].imshow(tiles(images, shown[query : query + 1])[0])
-        for side, (_, found) in enumerate(features.items()):
-            unit = torch.nn.functional.normalize(found, dim=1)
+    for side, (name, found) in enumerate(features.items()):
+        unit = torch.nn.functional.normalize(found, dim=1)
+        first = 1 + side * (count + 1)
+        for row, query in enumerate(asked.tolist()):
             near = bank[(unit[bank] @ unit[query]).topk(count).indices]
-            for place, tile in enumerate(tiles(images, shown[near])):
-                axis = axes[row, 1 + side * (count + 1) + place]
+            for axis, tile, index in zip(axes[row, first:], tiles(images, shown[near]), shown[near], strict=False):
                 axis.imshow(tile)
                 if labels is not None and labels[shown[query]] >= 0:
-                    same = bool(labels[shown[near[place]]] == labels[shown[query]])
+                    same = bool(labels[index] == labels[shown[query]])
                     for spine in axis.spines.values():
-                        spine.set_visible(True)
-                        spine.set_linewidth(2.5)
-                        spine.set_color("#3a923a" if same else "#c03d3e")
+                        spine.set(visible=True, linewidth=2.5, color="#3a923a" if same else "#c03d3e")
+        axes[0, first].set_title(f"nearest under {name}", fontsize=10, loc="left")
+        if labels is not None and (labels[shown[held_out]] >= 0).any():
+            share, chance, of = same_class(unit, images, shown, count)
+            told = (
+                f"Of the {count} nearest of all {of:,} held-out images\n{share:.0%} are of the same class (green), "
+                f"by chance {chance:.0%}"
+            )
+            axes[-1, first].annotate(told, (0, 0), (0, -8), xycoords="axes fraction", textcoords="offset points",
+                                     fontsize=10, va="top")  # fmt: skip
+    for row, tile in enumerate(tiles(images, shown[asked])):
+        axes[row, 0].imshow(tile)
     axes[0, 0].set_title("image", fontsize=10)
-    for side, name in enumerate(features):
-        axes[0, 1 + side * (count + 1)].set_title(f"nearest under {name}", fontsize=10, loc="left")
-    if labels is not None:
-        figure.text(0.5, 0.06, "green: same class as the image; red: another", ha="center", fontsize=9)
-    _save(figure, path)
+    save(figure, path)

@@ -1,7 +1,7 @@
-"""python -m training.readme: write the pages' tables and the shipped backbones' cards anew from committed records.
+"""python -m training.readme: pages' tables, comparisons' figures and shipped cards anew from the committed records.
 
-Tables stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. ``finetune`` is made from
-``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it.
+Tables, and a verdict's sentences, stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. ``finetune`` is made
+from ``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it.
 """
 
 import re
@@ -11,7 +11,7 @@ import timm
 
 import sslpp_models  # noqa: F401  registers the backbones
 
-from . import agreement, card, contrast, figures, records, report
+from . import agreement, card, charts, contrast, figures, records, report, verdict
 from .command import parse, short_name
 from .files import write_text
 
@@ -48,6 +48,7 @@ def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
 TABLES = {
     "run": ("records.jsonl", run_table),
     "comparison": ("records.jsonl", contrast.tables),
+    "verdict": ("records.jsonl", lambda rows: ["\n".join(f"- {line}" for line in verdict.verdict(rows))]),
     "tasks": ("records.jsonl", contrast.tasks),
     "agreement": ("records.jsonl", lambda rows: [agreement.agreement(rows, probe) for probe in agreement.PROBES]),
     "finetune": ("finetune.jsonl", finetune_table),
@@ -61,7 +62,8 @@ def fill(text: str, configs: Path) -> str:
         kind, name = found.groups()
         file, table_of = TABLES[kind]
         made = table_of(records.read(configs / name / file))
-        return f"<!-- {kind}: {name} -->\n" + "\n\n".join(map(report.as_markdown, made)) + "\n<!-- end -->"
+        parts = [part if isinstance(part, str) else report.as_markdown(part) for part in made]
+        return f"<!-- {kind}: {name} -->\n" + "\n\n".join(parts) + "\n<!-- end -->"
 
     return re.sub(rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
@@ -77,6 +79,8 @@ if __name__ == "__main__":
     configs = ROOT / "hub_configs"
     for path in PAGES:
         write_text(path, fill(path.read_text(encoding="utf-8"), configs))
+        for name in re.findall(r"<!-- comparison: (\S+) -->", path.read_text(encoding="utf-8")):
+            charts.draw(configs / name / "report", records.read(configs / name / "records.jsonl"))
     for path in configs.glob("*/finetune.jsonl"):
         figures.fine_tuned(path.parent / "report" / "finetune.png", fine_tuned(records.read(path)))
     for name in timm.list_pretrained("sslpp_*"):

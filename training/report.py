@@ -22,14 +22,15 @@ TITLES = {
     "residue": "residue, top-1 % (lower: less of the proxy is left)",
     "rankme": "RankMe (effective rank)",
 }
+SENTENCE = 40  # characters; a figure has fewer
 EVERY = (*TITLES, "transfer")  # protocols that are measured by stage
 PICTURES = {
-    "stages": "Accuracy of frozen features by stage, and how much of the proxy task is left in them",
-    "arms": "The same for every arm of the comparison",
+    "stages": "What frozen features tell by stage of the network, and how much of the proxy task is left in them",
+    "arms": "sslpp minus each arm of the comparison; bars: 95 % intervals over seeds; green: better, red: worse",
     "lowshot": "Accuracy on few labelled images of each class; bars: standard deviation over five draws",
-    "neighbours": "Held-out images and their nearest training images, under the proxy's backbone and the result's",
-    "clusters": "Clusters of the last round",
-    "curves": "Training",
+    "neighbours": "Held-out images, drawn at random, and their nearest training images, before and after relearning",
+    "clusters": "Clusters of the last round, the pseudo-labels that were relearned from",
+    "curves": "Training, phase by phase",
 }
 
 
@@ -142,15 +143,16 @@ def splits_line(account: dict[str, dict[str, Any]]) -> str:
     return "; ".join(one(*item) for item in account.items())
 
 
-def as_text(lines: list[list[str]]) -> str:
+def in_words(lines: Table) -> list[bool]:
+    """Which columns of a table stand on the left: the first, and sentences."""
+    return [not i or any(len(line[i]) > SENTENCE for line in lines[1:]) for i in range(len(lines[0]))]
+
+
+def as_text(lines: Table) -> str:
     """A table for the screen."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    widths, left = [max(map(len, column)) for column in zip(*lines, strict=True)], in_words(lines)
+    rows = [zip(line, widths, left, strict=True) for line in lines]
+    return "\n".join("  ".join(cell.ljust(w) if words else cell.rjust(w) for cell, w, words in row) for row in rows)
 
 
 _MARKUP = re.compile(r"[\\`*|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|(?<=:)/(?=/)|(?<=www)\.")
@@ -168,10 +170,10 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def as_markdown(lines: list[list[str]]) -> str:
+def as_markdown(lines: Table) -> str:
     """A table for Markdown."""
     head, *body = ["| " + " | ".join(map(plain, line)) + " |" for line in lines]
-    return "\n".join([head, "|---" + "|---:" * (len(lines[0]) - 1) + "|", *body])
+    return "\n".join([head, "|" + "|".join("---" if words else "---:" for words in in_words(lines)) + "|", *body])
 
 
 # What pooled features are judged by: the probes, and where there are no labels the score that agrees best with them.
@@ -254,6 +256,12 @@ def draw(folder: Path, records: Records, arm: str, last: Path) -> None:
             shutil.copyfile(sheet, beside)
 
 
+def pictures(folder: Path, names: Collection[str]) -> list[str]:
+    """Sections with those of a run's figures that are there."""
+    there = [name for name in names if (folder / "report" / f"{name}.png").exists()]
+    return [f"## {name.capitalize()}\n\n![{name}](report/{name}.png)\n\n*{PICTURES[name]}.*" for name in there]
+
+
 def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) -> str:
     """Write report.md; the text for the screen."""
     arms = [name for name in ("random", "proxy_short", arm) if any(r["arm"] == name for r in records)]
@@ -267,10 +275,9 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     bad = worse(records, arm, recipe.relearn.export)
     parts = [f"# {plain(folder.name)}", *([bad] if bad else []), gain(records, arm)]
     parts.append(f"The images: {plain(splits_line(account))}.")
-    parts += map(as_markdown, found)
-    for name, caption in PICTURES.items():
-        if (folder / "report" / f"{name}.png").exists():
-            parts.append(f"## {caption}\n\n![{caption}](report/{name}.png)")
+    first = [] if labelled else ["neighbours", "clusters"]  # they tell more than scores
+    parts += [*pictures(folder, first), "## Tables", *map(as_markdown, found)]
+    parts += pictures(folder, [name for name in PICTURES if name not in first])
     parts.append(f"## Use it\n\n{fenced(code, 'python')}")
     parts.append("Figures are in records.jsonl, the recipe in recipe.yaml.")
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")

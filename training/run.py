@@ -344,9 +344,9 @@ def cluster_records(this: Run, folder: Path) -> list[dict[str, Any]]:
 def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     """report.md with its figures, and hub/."""
     arm = this.arm if this.recipe.relearn.rounds else "proxy_short"
-    sides = {"proxy": folders[0], "sslpp": folders[-1]}
-    sample = this.train.sample
-    shown = torch.cat([sample(this.train.train, 2000), sample(this.train.val, 200)])
+    sides = {"the proxy's backbone": folders[0], f"{arm}, the result": folders[-1]}
+    most = this.recipe.evaluate.images
+    shown = torch.cat([this.train.sample(indices, most) for indices in (this.train.train, this.train.val)])
     found = {
         name: extract(
             this.on_device(B.load(folder)), this.train, shown, this.accelerator, this.recipe.evaluate.batch_size
@@ -358,5 +358,7 @@ def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
         report.draw(this.folder, rows, arm, folders[-1])
         figures.neighbours(this.folder / "report" / "neighbours.png", found, this.train, shown)
         export.export(this.folder, folders, this.train, rows, this.recipe, arm, comparison)
-        this.context.say(report.write(this.folder, rows, this.recipe, arm, folders[-1]))
+        text = report.write(this.folder, rows, this.recipe, arm, folders[-1])
+        if comparison is None:  # which ends in a verdict of its own
+            this.context.say(text)
     this.accelerator.wait_for_everyone()

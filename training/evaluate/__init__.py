@@ -172,6 +172,13 @@ def accuracies(guess: Tensor, truth: Tensor, balanced: bool) -> dict[str, float]
     return told
 
 
+def by_chance(truth: Tensor) -> dict[str, float]:
+    """The same of the best guess that looks at no image: always the commonest class."""
+    counts = torch.bincount(truth.cpu())
+    shares = {"top1": counts.max() / len(truth), "balanced": 1 / (counts > 0).sum()}
+    return {metric: round(share.item(), 4) for metric, share in shares.items()}
+
+
 def unequal(labels: Tensor) -> bool:
     """Whether one class has much more training images than another, so that top-1 alone would mislead."""
     counts = torch.bincount(labels.cpu())
@@ -205,14 +212,15 @@ def class_records(
         balanced = unequal(known["train"])
         k = sorted({min(k, len(rows["train"])) for k in settings.knn_k})
         for name in measured(labels):
-            fit = {"C": c, "n": len(rows["train"])}
+            fit, guessed = {"C": c, "n": len(rows["train"])}, by_chance(known[name])
             for metric, value in accuracies(probe(rows[name]).argmax(1), known[name], balanced).items():
-                records.append(_record(stage, "linear", fit, name, metric, value))
+                told = {**fit, "chance": guessed[metric]}
+                records.append(_record(stage, "linear", told, name, metric, value))
             predicted = knn.classify(rows["train"], known["train"], rows[name], classes, k, settings.knn_temperature)
             for neighbours, guess in predicted.items():
                 vote = {"k": neighbours, "temperature": settings.knn_temperature, "n": len(rows["train"])}
                 for metric, value in accuracies(guess, known[name], balanced).items():
-                    records.append(_record(stage, "knn", vote, name, metric, value))
+                    records.append(_record(stage, "knn", {**vote, "chance": guessed[metric]}, name, metric, value))
     return records
 
 
@@ -234,7 +242,7 @@ def lowshot_records(
             each = [accuracies(guess, known[name], unequal(known["train"])) for guess in draws]
             for metric in each[0]:
                 values = torch.tensor([one[metric] for one in each], dtype=torch.float64)
-                fit = {"shots": shots, "draws": len(draws), "C": c}
+                fit = {"shots": shots, "draws": len(draws), "C": c, "chance": by_chance(known[name])[metric]}
                 record = _record("pooled", "lowshot", fit, name, metric, values.mean().item())
                 records.append({**record, "deviation": values.std().item()})
     return records

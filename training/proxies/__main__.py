@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import agreement, compare, contrast, figures, launch, records, report
+from .. import agreement, charts, compare, contrast, launch, records, report
 from ..command import Parser, guarded
 from ..files import write_lines, write_text
 from . import PROXIES, find
@@ -61,7 +61,7 @@ def write(folder: Path) -> None:
     found = {name: records.read(folder / name / "records.jsonl") for name in PROXIES}
     rows = [row for own in found.values() for row in own]
     write_lines(folder / "records.jsonl", rows)
-    figures.tasks(folder / "report" / "tasks.png", contrast.probed(rows))
+    charts.tasks(folder / "report" / "tasks.png", contrast.probed(rows))
     tables = [*contrast.tasks(rows), *(agreement.agreement(rows, probe) for probe in agreement.PROBES)]
     print("\n\n".join(map(report.as_text, tables)))
     parts = [f"# {report.plain(folder.name)}", *map(report.as_markdown, tables), "![Proxy tasks](report/tasks.png)"]
