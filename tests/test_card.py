@@ -109,9 +109,9 @@ def test_controls_are_shown_where_there_were_any():
         for arm, value in (("scratch", 0.4), ("sslpp", 0.5))
         for seed in (0, 1)
     ]
-    words, summary, linear, *_, arms = card.comparison(rows)
+    words, arms, summary, linear = card.comparison(rows)
     assert "Seeds 0, 1" in words
-    assert "`scratch`: sslpp's labels" in arms
+    assert "| scratch | sslpp's labels" in arms
     assert "scratch" in summary
     assert "+10.0" in linear
     assert card.comparison([]) == []

@@ -69,7 +69,7 @@ def test_the_card_of_sslpp_shows_its_controls(finished):
     text = (hub / "README.md").read_text()
     assert text.split("---")[2].startswith("\n\n# whole\n")
     assert "### Beside its controls" in text
-    assert "- `keep_high`: Exactly sslpp, but the high part continues" in text
+    assert "| keep_high | Exactly sslpp, but the high part continues" in text
     assert (hub / "report" / "arms.png").exists()
     assert "](report/arms.png)" in text
 
@@ -140,8 +140,10 @@ def test_arms_are_added_without_doing_others_again(finished, picture_folder):
     report = (folder / "report.md").read_text()
     for arm in ("random", "proxy", "scratch", "keep_high", "sslpp", "finetune_all"):
         assert f"| {arm} |" in report
-    for name in ("stages", "operations"):
+    for name in ("differences", "stages", "operations"):
         assert (folder / "report" / f"{name}.png").stat().st_size > 10_000
+    assert done.stdout.count("images seen") == 1  # no figures at unequal budget after all; the verdict is the last
+    assert "is above" in done.stdout.split("Verdict\n")[1] or "level with" in done.stdout.split("Verdict\n")[1]
 
 
 @pytest.mark.parametrize(

@@ -190,10 +190,15 @@ def _too_many(bad: list, name: str, told: dict, data: Data, folder: Path | None)
 def _rows(splits: dict[str, Source], data: Data, measured: bool) -> Iterator[tuple[int, int]]:
     """(number of the split, position in it) of every image that is to be read."""
     for number, source in enumerate(splits.values()):
-        positions = np.arange(len(source))
-        if number == 0 and not measured and data.limit and data.limit < len(source):
-            positions = np.sort(np.random.default_rng(data.split_seed).permutation(len(source))[: data.limit])
+        positions = np.arange(len(source)) if number or measured else drawn(data, len(source))
         yield from ((number, position) for position in positions.tolist())
+
+
+def drawn(data: Data, count: int) -> np.ndarray:
+    """Which of a training split's `count` images data.limit leaves; a lower limit draws some of a higher one's."""
+    if not data.limit or data.limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(data.split_seed).permutation(count)[: data.limit])
 
 
 def _account(
