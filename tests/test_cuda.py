@@ -143,7 +143,7 @@ def test_figures_are_those_of_the_cpu(tmp_path):
         told[kind] = {(r["stage"], r["protocol"], r["split"], r["metric"]): r["value"] for r in found}
     assert told["cuda"].keys() == told["cpu"].keys()
     for name, value in told["cpu"].items():
-        # Features differ in the last bits; two images of those measured, and k-means' choice of seeds, may turn on them.
+        # Features differ in the last bits; two of the images, and k-means' choice of seeds, may turn on them.
         loose = {"label_free": 0.1, "residue": 0.07}.get(name[1], 0.021)
         assert told["cuda"][name] == pytest.approx(value, abs=loose, rel=2e-3), name
 

@@ -7,7 +7,7 @@ from typing import Any
 from scipy import stats
 
 from . import arms as A
-from . import report
+from . import records, report
 from .evaluate.label_free import LEADING
 
 Records = list[dict[str, Any]]

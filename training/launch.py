@@ -142,7 +142,7 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
-    # fp32 is fp32, so that figures are those of any device; and a run that goes on is bit for bit one that never stopped.
+    # fp32 is fp32, so that figures are those of any device; and a run goes on bit for bit as if it had not stopped.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     world = int(os.environ.get("WORLD_SIZE", "1"))
