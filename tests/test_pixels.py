@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
+from training import memory
 from training import pixels as P
 
 
@@ -257,6 +258,6 @@ def test_a_containers_limit_counts(tmp_path):
             (folder / name).write_text(f"{value}\n")
         (folder / "memory.stat").write_text("anon 900\ninactive_file 100\ntotal_inactive_file 100\n")
         own.write_text(f"{line}\n")
-        assert P.free_memory(root, own) == 2100
+        assert memory.free_memory(root, own) == 2100
         (folder / next(iter(files))).write_text("max\n")
-        assert P.free_memory(root, own) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+        assert memory.free_memory(root, own) == pytest.approx(psutil.virtual_memory().available, rel=0.2)

@@ -325,7 +325,7 @@ def test_images_without_labels_and_odd_files_go_through(tmp_path):
     assert {r["protocol"] for r in found} == {"task", "residue", "rankme", "label_free", "clusters"}
     stability = {(r["metric"], r["settings"]["k"]) for r in found if r["protocol"] == "clusters"}
     assert {(f"agreement_of_{what}", k) for what in ("seeds", "views") for k in (3, 5)} <= stability
-    assert re.search(r"^k = 3 +0\.\d{3} +0\.\d{3}", done.stdout, re.M)
+    assert re.search(r"^k = 3 +[01]\.\d{3} +[01]\.\d{3}", done.stdout, re.M)
     assert (tmp_path / "run" / "bad_images.txt").read_text().count("\n") == 1
     text = (tmp_path / "run" / "report.md").read_text()
     order = [text.index(words) for words in ("retrieval ", "(report/neighbours.png)", "(report/clusters.png)", "|---")]
@@ -372,7 +372,7 @@ def test_a_full_disk_and_a_full_memory_are_one_sentence():
     def large(arguments):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    for failing, said in ((full, "runs/x/state: No space left"), (large, "accumulate")):
+    for failing, said in ((full, "runs/x/state: No space left"), (large, "Out of memory")):
         done = call(failing)
         assert done.returncode == 1
         assert said in done.stderr

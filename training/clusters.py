@@ -27,6 +27,7 @@ from .images import Images
 from .kmeans import assign, kmeans
 from .launch import Key
 from .loop import Context
+from .memory import placed, table
 from .operations import forward_flops
 from .views import FAMILIAR, View
 
@@ -80,7 +81,8 @@ def fit_whitening(
         return accelerator.reduce(part.float().to(accelerator.device), "sum").cpu().double()
 
     count = whole(torch.tensor([float(len(features))], dtype=torch.float64))
-    mean = (whole(features.sum(0, dtype=torch.float64)) / count).float()
+    total = sum((rows.double().sum(0) for rows in features.split(ROWS)), torch.zeros(width, dtype=torch.float64))
+    mean = (whole(total) / count).float()
     scatter = torch.zeros(width, width, dtype=torch.float64)
     for rows in features.split(ROWS):
         centred = rows - mean
@@ -150,6 +152,7 @@ def averaged(
     context: Context,
     batch_size: int,
     looked_at: Tensor | None = None,
+    room: float = float("inf"),
 ) -> tuple[Tensor, list[Tensor]]:
     """Features of this process's share of the images, averaged over the views, and of a few under one view alone.
 
@@ -162,6 +165,7 @@ def averaged(
         context: the run.
         batch_size: images of a forward pass.
         looked_at: [n] bool, the few.
+        room: bytes that the features of all processes may take of memory; beyond it they lie in a file of the run's.
 
     Returns:
         [share, D]; and of the few in this share, [m, D] under the first view and under the last.
@@ -172,7 +176,8 @@ def averaged(
     with evaluating(network), torch.no_grad():
         blank = torch.zeros(1, 3, images.size, images.size, device=accelerator.device)
         width = features(network, blank, [stage])[stage].shape[1]
-    total, kept = torch.zeros(len(few), width), {number: [torch.zeros(0, width)] for number in (0, len(views) - 1)}
+    total = table(len(few), width, context.folder, room / accelerator.num_processes)
+    kept = {number: [torch.zeros(0, width)] for number in (0, len(views) - 1)}
     for number, view in enumerate(views):
         for start, found in batches(network, images, indices, accelerator, batch_size, [stage], view):
             place = slice(start, start + len(found[stage]))
@@ -191,6 +196,7 @@ def cluster(
     context: Context,
     batch_size: int,
     folder: Path,
+    room: float = float("inf"),
 ) -> dict[str, Any]:
     """Make pseudo-labels of every usable image and write them to `folder`.
 
@@ -206,6 +212,7 @@ def cluster(
         context: the run.
         batch_size: images of a forward pass.
         folder: an existing folder of the main process; gets labels.parquet and clusters.safetensors.
+        room: bytes that features may take of the machine's memory.
 
     Returns:
         For each k, what clusters.json tells.
@@ -214,14 +221,15 @@ def cluster(
     stage = B.resolve_stage(network, settings.stage, "clusters.stage")
     flops = forward_flops(network, images.size)
     looked_at = torch.isin(train, images.sample(train, LOOKED_AT)) if len(views) > 1 else None
-    found, two_views = averaged(network, images, train, stage, views, context, batch_size, looked_at)
-    rest, _ = averaged(network, images, held, stage, views, context, batch_size)
+    found, two_views = averaged(network, images, train, stage, views, context, batch_size, looked_at, room)
+    taken = found.nbytes * accelerator.num_processes
+    rest, _ = averaged(network, images, held, stage, views, context, batch_size, room=room - taken)
     # A forward pass counts a third of a training step's view (a backward pass costs about two forward ones).
     passes = (len(train) + len(held)) * len(views)
     context.spend(passes / 3, passes * flops, 0.0)
     whitening = fit_whitening(found, settings.whiten, settings.whiten_power, accelerator)
     rows, rest, *two_views = (
-        x.to(accelerator.device)
+        placed(x, accelerator.device)
         for x in (whitening.replace(found), whitening.replace(rest), *(whitening(x) for x in two_views))
     )
     del found

@@ -252,7 +252,7 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     Returns:
         0; 1 for a failure; 2 for a wrong request; 128 + signal after a signal.
     """
-    from .launch import Interrupted, end_processes
+    from .launch import Interrupted, end_processes, out_of_memory
 
     try:
         command(arguments)
@@ -269,9 +269,9 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
         named = f"{error.filename}: " if error.filename else ""
         return _say(f"{named}{reason(error)}; what was finished is kept.", 1)
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
-        return _say("Out of memory; a larger accumulate or a smaller batch_size needs less. Finished work is kept.", 1)
+        return _say("Out of memory; a smaller evaluate.batch_size or data.size needs less. Finished work is kept.", 1)
     return 0
 
 

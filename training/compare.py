@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 
 from . import arms as A
 from . import backbone as B
-from . import launch, proxies, records, report, setup, verdict
+from . import launch, peaks, proxies, records, report, setup, verdict
 from .command import Parser, from_values, guarded, parser
 from .files import Diverged, Refused, lock_folder, nothing_left, whole_folder, write_text
 from .limits import NonNegativeInt, PositiveFloat
@@ -192,7 +192,9 @@ def compare(
                 setup.refuse(A.build(arm, recipe, counts), train, network, accelerator.num_processes)
             except Refused as error:
                 raise Refused(f"arm {arm}: {error}") from error
+        needs = peaks.check(recipe, read[0], network, accelerator)
     setup.tell(context, train, network)
+    context.say(needs)
     if context.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     this = Comparison(recipe, folder, grid, counts, read, context)

@@ -15,6 +15,7 @@ import torch
 
 from . import pixels as P
 from .files import whole_file
+from .memory import bound
 from .pixels import Pixels
 from .recipe import Data
 from .sources import Source
@@ -53,14 +54,14 @@ def decode_all(
     folder: Path | None,
     in_file: bool,
     white: float | None,
+    taken: int = 0,
 ) -> Decoded:
-    """Decode every row, or take what the run folder has of the same files."""
+    """Decode every row, or take what the run folder has of the same files; `taken` bytes of memory_gb are in use."""
     file = (folder or Path()) / "images" / f"{name}.u8"
-    free = P.free_memory() / 2 if data.memory_gb is None else data.memory_gb * 1e9
     slot = round(MARGIN * data.size)
     made = repr([slot, white])
     kept = _kept(file, made) if folder else None
-    store = P.Store(file, (-1 if in_file else free) if folder else float("inf"))
+    store = P.Store(file, (-1 if in_file else bound(data.memory_gb, taken)) if folder else float("inf"))
     shape = np.zeros((len(rows), 3), np.int64)  # height, width, start
     moments, deep = np.zeros((len(rows), 6)), []
 
@@ -99,9 +100,9 @@ def decode_all(
         fingerprint = seen.hexdigest()
         if kept and kept["fingerprint"] != fingerprint:  # the file holds what other images once were
             file.unlink()
-            return decode_all(rows, found, data, name, folder, in_file, white)
+            return decode_all(rows, found, data, name, folder, in_file, white, taken)
         if kept:
-            pixels = Pixels(P.mapped(file), *torch.from_numpy(kept["shape"]).T.contiguous())
+            pixels = Pixels(P.mapped(file), *torch.from_numpy(kept["shape"]).T.contiguous(), in_file=True)
             known = None if kept["white"] < 0 else float(kept["white"])
             return Decoded(pixels, kept["moments"], paths, kept["reasons"].tolist(), fingerprint, known)
         if deep:  # once all have been met, so that white is one value for all of them
@@ -128,7 +129,7 @@ def decode_all(
         told |= {"fingerprint": fingerprint, "made": made, "sha256": P.digest(flat)}
         with whole_file(file.with_suffix(".npz")) as beside:
             np.savez(beside, **told)
-    pixels = Pixels(flat, *torch.from_numpy(shape).T.contiguous())
+    pixels = Pixels(flat, *torch.from_numpy(shape).T.contiguous(), in_file=store.memory is None)
     return Decoded(pixels, moments, paths, reasons, fingerprint, white)
 
 

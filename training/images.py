@@ -95,7 +95,7 @@ class Images:
 
 
 def load_splits(
-    data: Data, folder: Path | None, tuning: bool = False, in_file: bool = False
+    data: Data, folder: Path | None, tuning: bool = False, in_file: bool = False, taken: int = 0
 ) -> tuple[Images, Images | None]:
     """Read and decode what is trained on and held out, and the split that is measured, None without one.
 
@@ -104,6 +104,7 @@ def load_splits(
         folder: run folder, which gets ``images/SPLIT.u8`` where memory is short; None keeps all in memory.
         tuning: a classifier is to be trained: a validation split is for choosing it.
         in_file: keep pixels in the file whatever their size, so that the processes of a machine share them.
+        taken: bytes of data.memory_gb that are in use.
 
     Raises:
         Refused: the data cannot be read, or have no usable image.
@@ -112,8 +113,8 @@ def load_splits(
     found, beside = sources.read(data)
     use = sources.uses(data, found, tuning)
     names = [name for name in (use.train, use.held_out) if name]
-    train = load(data, {name: found[name] for name in names}, folder, in_file=in_file)
-    test = load(data, {use.test: found[use.test]}, folder, train, in_file) if use.test else None
+    train = load(data, {name: found[name] for name in names}, folder, in_file=in_file, taken=taken)
+    test = load(data, {use.test: found[use.test]}, folder, train, in_file, taken) if use.test else None
     read = train.account | (test.account if test else {})
     unread = {name: {"images": len(source), "left_aside": source.left_aside.total()} for name, source in found.items()}
     account = {name: {"use": use.of(name), **read.get(name, unread[name])} for name in use.names}
@@ -123,7 +124,12 @@ def load_splits(
 
 
 def load(
-    data: Data, splits: dict[str, Source], folder: Path | None, like: Images | None = None, in_file: bool = False
+    data: Data,
+    splits: dict[str, Source],
+    folder: Path | None,
+    like: Images | None = None,
+    in_file: bool = False,
+    taken: int = 0,
 ) -> Images:
     """Read and decode splits as one.
 
@@ -132,7 +138,7 @@ def load(
         splits: the first; what comes after it is held out from training.
         folder: as `load_splits` takes it.
         like: the training split, whose statistics, crop, white and class names a test split shares.
-        in_file: as `load_splits` takes it.
+        in_file, taken: as `load_splits` takes them.
 
     Raises:
         Refused: there is no usable image, or a class that training has not.
@@ -141,7 +147,8 @@ def load(
     rows = list(_rows(splits, data, like is not None))
     number = [split for split, *_ in rows]
     white = data.white if data.white is not None else like.white if like else None
-    decoded = decode_all(rows, list(splits.values()), data, "_".join(splits), folder, in_file, white)
+    taken += like.pixels.resident if like else 0
+    decoded = decode_all(rows, list(splits.values()), data, "_".join(splits), folder, in_file, white, taken)
     account, bad = _account(rows, splits, decoded)
     if len(bad) == len(rows):
         raise Refused(f"data.path: no image of split {next(iter(splits))!r} can be decoded ({len(bad)} tried).")

@@ -113,6 +113,11 @@ def resolve_precision(precision: str, cpu_bf16: bool) -> str:
     return "bf16" if has_units and cpu_bf16 else "fp32"
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, on whatever device."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

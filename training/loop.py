@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from . import backbone as B
 from .checkpoints import Checkpoints
-from .files import Diverged, Refused, append_line, read_lines, write_lines
+from .files import Diverged, Failed, Refused, append_line, read_lines, write_lines
 from .images import Images
-from .launch import Interrupted, Key, StopSignals, seed_all
+from .launch import Interrupted, Key, StopSignals, out_of_memory, seed_all
 from .operations import counting_flops
 from .recipe import Schedule
 from .task import Batch, Task
@@ -284,6 +284,13 @@ def train(
         kept = f"the checkpoint of step {saved_at} is kept" if saved_at else "there is no checkpoint yet"
         advice = "a lower learning rate, clip_grad or --precision fp32 may help"
         raise Diverged(f"{key.phase}: {error}; {kept}; {advice}.") from error
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        rows = schedule.batch_size // (accelerator.num_processes * schedule.accumulate)
+        half = ("batch_size", schedule.batch_size // 2) if task.whole_batch else ("accumulate", 2 * schedule.accumulate)
+        text = "{0}: out of memory at {1} images in one pass; {0}.{2} {3} halves what it takes. Finished work is kept."
+        raise Failed(text.format(key.phase, rows, *half)) from error
     finally:
         context.stop.deferred = False
         bar.close()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -203,9 +202,11 @@ class Pixels:
         flat: [bytes] uint8, each picture as [3, height, width].
         heights, widths: [N] int64, px; 0 where there is no picture.
         starts: [N] int64, where each begins.
+        in_file: the bytes are a mapped file's.
     """
 
-    def __init__(self, flat: Tensor, heights: Tensor, widths: Tensor, starts: Tensor) -> None:
+    def __init__(self, flat: Tensor, heights: Tensor, widths: Tensor, starts: Tensor, in_file: bool = False) -> None:
+        self.in_file = in_file
         self.flat, self.heights, self.widths, self.starts = flat, heights, widths, starts
         there = heights > 0
         sizes = torch.stack([heights[there], widths[there]], 1).unique(dim=0)
@@ -227,6 +228,11 @@ class Pixels:
     @property
     def nbytes(self) -> int:
         return self.flat.numel()
+
+    @property
+    def resident(self) -> int:
+        """Bytes in memory."""
+        return 0 if self.in_file else self.nbytes
 
     @property
     def sides(self) -> Tensor:
@@ -334,30 +340,3 @@ def mapped(file: Path) -> Tensor:
 def digest(flat: Tensor) -> str:
     """sha256 of bytes."""
     return hashlib.sha256(flat.numpy()).hexdigest()
-
-
-# Where Linux tells a container's limit, use and cache, in version 2 and 1 of control groups.
-GROUPS = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-def free_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Bytes that this process may still take: what the machine has free, or its container, if that is less."""
-    free = psutil.virtual_memory().available
-    try:
-        paths = {line.split(":", 2)[2].strip("/") for line in own.read_text().splitlines()}
-    except OSError:  # no Linux
-        return free
-    places = {str(place) for path in paths for place in (Path(path), *Path(path).parents)}
-    for version, limit, used, cache in GROUPS:
-        for place in places:
-            folder = root / version / place
-            try:
-                most, taken = (int((folder / name).read_text()) for name in (limit, used))
-                told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # there is no such limit
-                continue
-            free = min(free, most - taken + int(told.get(cache, 0)))
-    return max(0, free)

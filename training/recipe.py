@@ -78,8 +78,8 @@ class Data:
     """Value of images of more than 8 bits that is white; without it the first of 255, 1023, 4095, 16383 and 65535 that
     a sample of them does not exceed (1 for floats up to 1)."""
     memory_gb: NonNegativeFloat | None = None
-    """Decoded images up to this size, GB, stay in memory, larger ones in a file beside the run; without it half of
-    what is free."""
+    """Decoded images and the features that are clustered stay in memory up to this size, GB, in files beside the run
+    beyond it; without it half of what is free."""
 
     @property
     def held_out(self) -> float:

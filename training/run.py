@@ -209,6 +209,7 @@ def phase_clusters(this: Run, source: Path, number: int) -> None:
             this.context,
             this.recipe.evaluate.batch_size,
             folder,
+            this.room,
         )
         this.context.spend(0, 0, time.perf_counter() - began)
         return {"stage": stage, "clusterings": told}

@@ -14,13 +14,14 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from . import backbone as B
-from . import clusters, images, proxies, records, relearn, report
+from . import clusters, images, peaks, proxies, records, relearn, report
 from .extraction import plain_batch
 from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, write_json, write_text
 from .folders import escape
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
+from .memory import bound
 from .operations import dead_taps, suited
 from .recipe import READS, Data, Proxy, Recipe, Schedule, phase_fields, to_yaml
 
@@ -60,6 +61,11 @@ class Run:
     @property
     def main(self) -> bool:
         return self.context.main
+
+    @property
+    def room(self) -> float:
+        """Bytes that features may take of the machine's memory."""
+        return bound(self.recipe.data.memory_gb, sum(map(resident, [(self.train, self.test), *self.transfer.values()])))
 
     def key(self, phase: str, round_number: int = 0) -> Key:
         """What the randomness of a phase is a function of."""
@@ -119,6 +125,7 @@ def prepare(
         lock = lock_folder(folder) if context.main else None
         (train, test), transfer = read or load_images(recipe, network, context)
         refuse(recipe, train, network, accelerator.num_processes)
+        needs = peaks.check(recipe, (train, test), network, accelerator) if read is None else ""
         if context.main:
             _remember(recipe, folder, train, test)
     run = Run(recipe, arm, folder, context, train, test, transfer, lock, shared)
@@ -126,6 +133,7 @@ def prepare(
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     accelerator.init_trackers("sslpp", {})
     if read is None:
+        context.say(needs)
         _announce(run, network)
     return run
 
@@ -174,23 +182,30 @@ def load_images(recipe: Recipe, network: nn.Module, context: Context) -> Read:
         return dataclasses.replace(images, **seen) if images else None
 
     own = as_seen(train), as_seen(test)
-    return own, load_transfer(recipe.evaluate.transfer, data, own[0], context)
+    return own, load_transfer(recipe.evaluate.transfer, data, own, context)
 
 
-def load_transfer(paths: list[str], data: Data, like: Images, context: Context) -> dict[str, Splits]:
-    """Other data sets by name, at the size and with the statistics of `like`.
+def resident(splits: Splits) -> int:
+    """Bytes of pictures in memory."""
+    return sum(split.pixels.resident for split in splits if split)
+
+
+def load_transfer(paths: list[str], data: Data, own: Splits, context: Context) -> dict[str, Splits]:
+    """Other data sets by name, at the size and with the statistics of one's own training split.
 
     Raises:
         Refused: one has no labels.
     """
     found: dict[str, Splits] = {}
+    taken = resident(own)
     for path in paths:
         other = Data(path=path, size=data.size, white=data.white, split_seed=data.split_seed, memory_gb=data.memory_gb)
         name = other.called if other.called not in found else path
-        splits = load_splits(other, context, apart=Path("transfer") / re.sub(r"\W+", "_", path))
+        splits = load_splits(other, context, apart=Path("transfer") / re.sub(r"\W+", "_", path), taken=taken)
+        taken += resident(splits)
         if any(split is not None and split.labels is None for split in splits):
             raise Refused(f"evaluate.transfer: {path} has no labels in a split that is to be measured.")
-        seen = {"mean": like.mean, "std": like.std, "size": like.size}
+        seen = {"mean": own[0].mean, "std": own[0].std, "size": own[0].size}
         train, test = (dataclasses.replace(split, **seen) if split else None for split in splits)
         found[name] = train, test
     return found
@@ -201,7 +216,7 @@ def scaled_for(network: nn.Module, data: Data) -> Data:
     return dataclasses.replace(data, white=data.white or B.white_of(network))
 
 
-def load_splits(data: Data, context: Context, tuning: bool = False, apart: Path = Path()) -> Splits:
+def load_splits(data: Data, context: Context, tuning: bool = False, apart: Path = Path(), taken: int = 0) -> Splits:
     """The training split and the test split, if there is one; the main process decodes before the others read.
 
     Args:
@@ -209,11 +224,12 @@ def load_splits(data: Data, context: Context, tuning: bool = False, apart: Path 
         context: the run.
         tuning: as `images.load_splits` takes it.
         apart: folder below the run's for pixels that are kept in files.
+        taken: bytes of data.memory_gb that are in use.
     """
     shared = context.accelerator.num_processes > 1
 
     def load() -> Splits:
-        return images.load_splits(data, context.folder / apart, tuning, in_file=shared)
+        return images.load_splits(data, context.folder / apart, tuning, in_file=shared, taken=taken)
 
     found = load() if context.main else None
     context.accelerator.wait_for_everyone()

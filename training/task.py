@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.utils import ModelEmaV3
@@ -48,10 +48,12 @@ class Task(nn.Module):
     Attributes:
         seen: views of an image that a step passes forward and backward; a forward pass alone counts a third.
         memory_format: of its weights, and so of the maps that convolutions make with them.
+        whole_batch: its loss needs all images of a step at once, so that micro-batches would change it.
     """
 
     seen: float = 1.0
     memory_format: torch.memory_format = torch.contiguous_format
+    whole_batch: ClassVar[bool] = False
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and the task's own metrics, these detached."""

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
         train, test = load_for(network, made.data, context)
         context.say(report.splits_line(train.account))
-        transfer = load_transfer(made.evaluate.transfer, made.data, train, context)
+        transfer = load_transfer(made.evaluate.transfer, made.data, (train, test), context)
         over = Over((train, test), views, transfer=transfer)
         found = evaluate(network.to(context.accelerator.device), made.evaluate, over, context)
         weights = B.fingerprint(network.state_dict())

@@ -20,7 +20,6 @@ class Proxy(BackboneTask):
     Attributes:
         defaults: fields of recipe.proxy for photographs, as published, where they are not recipe.Proxy's own.
         asked: fields of its views that change the answer to what it asks, and must be 0.
-        whole_batch: its loss needs all images of a step at once, so that micro-batches would change it.
         specific: what its features are specific to, as cards and reports say it; None where nothing is known.
         metric: which of its metrics tells how well it is solved, the higher the better.
         chance: what that metric is for who learned nothing.
@@ -28,7 +27,6 @@ class Proxy(BackboneTask):
 
     defaults: ClassVar[dict[str, Any]] = {}
     asked: ClassVar[tuple[str, ...]] = ()
-    whole_batch: ClassVar[bool] = False
     specific: ClassVar[str | None] = None
     metric: ClassVar[str] = "accuracy"
     chance: float = 0.0

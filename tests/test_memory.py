@@ -1,0 +1,128 @@
+"""What stays in memory, what goes to a file, and what is refused because it cannot fit."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import TINY_RUN, call, make_images
+from training import __main__ as training
+from training import backbone as B
+from training import clusters, images, memory, peaks
+from training.files import Failed, Refused
+from training.launch import Key
+from training.loop import train
+from training.recipe import Clusters, Data, Model, Proxy, Recipe, Relearn
+from training.task import BackboneTask
+
+
+def test_the_bound_is_one_for_all_that_is_kept(tmp_path):
+    for split, count in (("train", 6), ("test", 6)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / "data" / split / f"{i}.png")
+    each = 6 * 3 * 16 * 16
+    kept = {}
+    for room in (2 * each, 1.5 * each, 0.5 * each):
+        data = Data(path=str(tmp_path / "data"), size=16, memory_gb=room / 1e9)
+        splits = images.load_splits(data, tmp_path / f"run_{room}")
+        kept[room / each] = [split.pixels.resident for split in splits]
+        assert all(len(split.pixels.picture(0)) == 3 for split in splits)
+    assert kept == {2.0: [each, each], 1.5: [each, 0], 0.5: [0, 0]}
+    assert memory.bound(1.0, 10**9) == 0
+    assert memory.bound(None) == pytest.approx(memory.free_memory() / 2, rel=0.2)
+
+
+def test_features_in_a_file_make_the_same_labels(context, monkeypatch):
+    shown, network = make_images(count=200), B.create(Model("test_resnet"), 16).eval()
+    in_file, real = [], np.memmap
+    monkeypatch.setattr(memory.np, "memmap", lambda *args, **kwargs: in_file.append(args) or real(*args, **kwargs))
+    settings, found = Clusters(k=[5], whiten=8, stage=-1), {}
+    for room in (1e9, 0.0):
+        in_file.clear()
+        folder = context.folder / f"round_{room:g}"
+        folder.mkdir()
+        clusters.cluster(network, shown, settings, clusters.FAMILIAR, Key(0, "c"), context, 64, folder, room)
+        assert len(in_file) == (2 if room == 0.0 else 0)  # of training and of held-out images
+        found[room] = clusters.read_labels(folder / "labels.parquet")[0]
+    assert torch.equal(found[1e9], found[0.0])
+    assert sorted(path.name for path in context.folder.iterdir()) == ["round_0", "round_1e+09"]  # nothing is left
+
+
+def test_a_file_that_the_disk_cannot_hold_is_one_sentence(tmp_path):
+    with pytest.raises(Failed, match="cannot be written"):
+        memory.table(2**40, 2**10, tmp_path, 0.0)
+
+
+@pytest.fixture
+def made(context):
+    """What `peaks.check` is given of a recipe that a few changes are made to."""
+    settings = Recipe(
+        model=Model("test_resnet"),
+        data=Data(size=16),
+        proxy=Proxy(epochs=1, batch_size=16),
+        clusters=Clusters(k=[3], whiten=8),
+        relearn=Relearn(batch_size=16),
+        precision="fp32",
+    )
+    splits = make_images(count=4000), make_images(count=40)
+    return settings, splits, B.create(Model("test_resnet"), 16), context.accelerator
+
+
+@pytest.mark.parametrize(
+    ("phase", "change"),
+    [
+        ("proxy", {"proxy": {"batch_size": 1024}}),
+        ("relearn", {"relearn": {"batch_size": 1024}}),
+        ("evaluate", {"evaluate": {"images": 3000, "batch_size": 8}}),
+        ("features", {"evaluate": {"batch_size": 8192}}),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_would(phase, change, made, monkeypatch):
+    settings, *rest = made
+    monkeypatch.setattr(peaks, "BLOCKS", 0)
+    for part, fields in change.items():
+        setattr(settings, part, dataclasses.replace(getattr(settings, part), **fields))
+    need = {peak.phase.split(":")[0]: peak.size for peak in peaks.peaks(settings, *rest)}
+    assert max(need, key=need.get) == phase
+    monkeypatch.setattr(peaks, "free_memory", lambda: max(v for name, v in need.items() if name != phase) * 1.05)
+    with pytest.raises(Refused) as told:
+        peaks.check(settings, *rest)
+    assert str(told.value).startswith(phase)
+    field, value = re.search(r"(\w+\.\w+) (\d+) would fit", str(told.value)).groups()
+    part, name = field.split(".")
+    setattr(settings, part, dataclasses.replace(getattr(settings, part), **{name: int(value)}))
+    assert "about" in peaks.check(settings, *rest)
+
+
+def test_what_autograd_keeps_is_counted_for_a_view_alone():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.ReLU(), torch.nn.Flatten())
+    # The convolution keeps its input, ReLU its output.
+    assert peaks.kept(network, 10, "fp32") == 4 * (3 + 8) * 100
+
+
+def test_a_run_says_what_it_takes_and_refuses_before_it_begins(picture_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(peaks, "free_memory", lambda: 3e6)
+    done = call(training.main, *TINY_RUN, "--data.path", picture_folder, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert "would take about" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_in_a_step_says_what_halves_it(context):
+    class Large(BackboneTask):
+        def forward(self, batch):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    shown, schedule = make_images(), Relearn(batch_size=8, accumulate=2, epochs=1)
+    task = Large(B.create(Model("test_resnet"), 16), schedule, shown)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Failed, match=r"relearn: .* 4 images .*accumulate 4"):
+        patch.setattr("training.loop.count_flops", lambda *_: 0.0)
+        train(task, shown, shown.train, schedule, Key(0, "relearn"), context, "x")
+    task.whole_batch = True
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Failed, match=r"relearn\.batch_size 4"):
+        patch.setattr("training.loop.count_flops", lambda *_: 0.0)
+        train(task, shown, shown.train, schedule, Key(0, "relearn"), context, "x")

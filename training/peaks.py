@@ -1,0 +1,160 @@
+"""What each phase takes of memory at its peak; what cannot fit is refused before anything is trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from timm.optim import get_optimizer_info
+from torch import Tensor, nn
+
+from . import proxies
+from .extraction import evaluating
+from .files import Refused
+from .images import Images
+from .memory import free_memory
+from .operations import passes
+from .recipe import Recipe, Schedule
+
+FLOAT = torch.float32.itemsize
+SPARE = 1.25  # of what autograd keeps: the backward pass's own maps, and the allocator's gaps
+BLOCKS = 2**29  # bytes of similarities, whitened rows and their like, a block at a time
+VIEWS = 4  # floats that a view's making holds for each of its values
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a phase takes beside what is taken when it begins, in a process.
+
+    Attributes:
+        phase: its name.
+        where: "host" or "device"; a CPU is both.
+        size: bytes.
+        advice: given the bytes that there are, what would fit.
+    """
+
+    phase: str
+    where: str
+    size: float
+    advice: Callable[[float], str]
+
+
+def kept(network: nn.Module, size: int, precision: str) -> float:
+    """Bytes that autograd keeps of a view in the run's precision: what two more views add to two."""
+    device = next(network.parameters()).device
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def of(rows: int) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(value: Tensor) -> Tensor:
+            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
+            torch.autocast(device.type, dtype=half, enabled=half is not None),
+        ):
+            network(torch.zeros(rows, 3, size, size, device=device))
+        return sum(seen.values())
+
+    with evaluating(network):  # no statistics are touched
+        return (of(4) - of(2)) / 2
+
+
+def largest(network: nn.Module, size: int) -> float:
+    """Bytes of the largest layer's input and output for an image, which is what a forward pass alone holds."""
+    found = passes(network, size, (nn.Conv2d, nn.Linear))
+    return FLOAT * max((into.numel() + out.numel() for _, _, into, out in found), default=0)
+
+
+def peaks(
+    recipe: Recipe, splits: tuple[Images, Images | None], network: nn.Module, accelerator: Accelerator
+) -> list[Peak]:
+    """The phases' peaks."""
+    train, test = splits
+    processes, size = accelerator.num_processes, recipe.data.size
+    device = "host" if accelerator.device.type == "cpu" else "device"
+    view = SPARE * kept(network, size, recipe.precision)
+    picture = FLOAT * VIEWS * 3 * (train.pixels.nbytes / max(1, len(train.all)) / 3 + size**2)
+    weights = sum(p.nbytes for p in network.parameters())
+    found = []
+
+    def training(phase: str, schedule: Schedule, views: float, whole_batch: bool = False) -> None:
+        info = get_optimizer_info(schedule.optimizer)
+        copies = 2 + (2 if info.has_betas else bool(schedule.momentum)) + bool(schedule.ema)
+
+        def bytes_of(rows: int) -> float:
+            return copies * weights + rows * views * (view + picture)
+
+        share = schedule.batch_size // processes
+        rows = share // schedule.accumulate
+
+        def advice(free: float) -> str:
+            fitting = [n for n in range(1, rows) if rows % n == 0 and bytes_of(n) <= free]
+            if not fitting:
+                return "a smaller data.size or network needs less"
+            if whole_batch:
+                return f"{phase}.batch_size {fitting[-1] * processes * schedule.accumulate} would fit"
+            return f"{phase}.accumulate {share // fitting[-1]} would fit"
+
+        found.append(Peak(f"{phase}: a step of {rows} images", device, bytes_of(rows), advice))
+
+    def passing(free: float) -> str:
+        fit = int((free - BLOCKS) / max(1.0, forward) * processes)
+        return f"evaluate.batch_size {fit} would fit" if fit > 0 else "a smaller data.size or network needs less"
+
+    forward = largest(network, size) + picture
+    rows = -(-recipe.evaluate.batch_size // processes)
+    found.append(Peak(f"features: a pass of {rows} images", device, BLOCKS + rows * forward, passing))
+    if recipe.proxy.epochs:
+        kind = proxies.find(recipe.proxy.name)
+        training("proxy", recipe.proxy, proxies.seen(recipe.proxy, network, size), kind.whole_batch)
+    if recipe.relearn.rounds:
+        training("relearn", recipe.relearn, 1.0)
+        width = recipe.clusters.whiten or max(info["num_chs"] for info in network.feature_info)
+        count = len(train.all) / processes
+
+        def narrower(free: float) -> str:
+            return f"clusters.whiten {max(1, int((free - BLOCKS) / (FLOAT * count)))} would fit"
+
+        found.append(Peak("clusters: whitened features", "host", BLOCKS + FLOAT * count * width, narrower))
+    width = sum(info["num_chs"] for info in network.feature_info) + network.num_features
+    counts = [min(recipe.evaluate.images, len(part)) for part in (train.train, train.val)]
+    rest = len(test.all) if test and recipe.evaluate.test else 0
+
+    def fewer(free: float) -> str:
+        fit = int(free / (2 * FLOAT * width)) - rest
+        return f"evaluate.images {fit // 2} would fit" if fit > 1 else "evaluate.test false needs less"
+
+    size = 2 * FLOAT * width * (sum(counts) + rest)  # as they come, in batches, and joined
+    found.append(Peak(f"evaluate: features of {sum(counts) + rest} images", "host", size, fewer))
+    return found
+
+
+def check(recipe: Recipe, splits: tuple[Images, Images | None], network: nn.Module, accelerator: Accelerator) -> str:
+    """What the run takes at most, for the screen.
+
+    Raises:
+        Refused: it is not there; naming phase, field and the value that would fit.
+    """
+    local = accelerator.num_processes  # of which a machine has all, as far as a process can tell
+    free = {"host": free_memory() / local}
+    if accelerator.device.type == "cuda":
+        free["device"] = float(torch.cuda.mem_get_info(accelerator.device)[0])
+    found = [peak for peak in peaks(recipe, splits, network, accelerator) if peak.where in free]
+    for peak in found:
+        if peak.size > free[peak.where]:
+            each = f" for each of {local} processes" if local > 1 else ""
+            raise Refused(
+                f"{peak.phase} would take about {_gb(peak.size)} of memory on the {peak.where}, and "
+                f"{_gb(free[peak.where])} are free{each}; {peak.advice(free[peak.where])}."
+            )
+    most = {where: max((p for p in found if p.where == where), key=lambda p: p.size) for where in free}
+    return "memory at the peak, beside what is taken already: " + "; ".join(
+        f"about {_gb(peak.size)} of {_gb(free[where])} on the {where} ({peak.phase})" for where, peak in most.items()
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"
