@@ -1,10 +1,12 @@
 """python -m training.readme: pages' tables, comparisons' figures and shipped cards anew from the committed records.
 
 Tables, and a verdict's sentences, stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. ``finetune`` is made
-from ``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it.
+from ``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it; ``backbones`` from those of
+all the backbones of the package that its pattern matches.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -45,13 +47,40 @@ def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
     return [[head, *([start, *(mean(values.get(share, [])) for share in shares)] for start, values in found.items())]]
 
 
+ARMS = {"random": "untrained", "proxy_short": "proxy task", "sslpp": "SSL++"}
+PROBES = {"linear": {"protocol": "linear"}, "kNN": {"protocol": "knn", "k": 20}}
+
+
+def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
+    """Pooled features of the backbones of the package, on the test split: untrained, after the proxy task, after SSL++."""
+    heads = [f"{probe}, {arm}" for probe in PROBES for arm in ARMS.values()]
+    lines = [["backbone", "parameters", "px", *heads]]
+    for name in timm.list_pretrained(pattern):
+        rows, cells = records.read(configs / name / "records.jsonl"), []
+        for fields in PROBES.values():
+            for arm in ARMS:
+                found = records.value(rows, arm=arm, stage="pooled", split="test", metric="top1", **fields)
+                cells.append("" if found is None else f"{100 * found:.1f}")
+        network = timm.create_model(name)
+        count = sum(parameter.numel() for parameter in network.parameters())
+        size = network.pretrained_cfg["input_size"][-1]
+        lines.append([name, f"{count / 1e6:.1f} M", str(size), *cells])
+    return [lines]
+
+
+def of(make: Callable[[contrast.Records], list], file: str = "records.jsonl") -> Callable[[Path, str], list]:
+    """A kind of table that is made of one recipe's records."""
+    return lambda configs, name: make(records.read(configs / name / file))
+
+
 TABLES = {
-    "run": ("records.jsonl", run_table),
-    "comparison": ("records.jsonl", contrast.tables),
-    "verdict": ("records.jsonl", lambda rows: ["\n".join(f"- {line}" for line in verdict.verdict(rows))]),
-    "tasks": ("records.jsonl", contrast.tasks),
-    "agreement": ("records.jsonl", lambda rows: [agreement.agreement(rows, probe) for probe in agreement.PROBES]),
-    "finetune": ("finetune.jsonl", finetune_table),
+    "run": of(run_table),
+    "comparison": of(contrast.tables),
+    "verdict": of(lambda rows: ["\n".join(f"- {line}" for line in verdict.verdict(rows))]),
+    "tasks": of(contrast.tasks),
+    "agreement": of(lambda rows: [agreement.agreement(rows, probe) for probe in agreement.PROBES]),
+    "finetune": of(finetune_table, "finetune.jsonl"),
+    "backbones": backbones_table,
 }
 
 
@@ -60,9 +89,7 @@ def fill(text: str, configs: Path) -> str:
 
     def table(found: re.Match) -> str:
         kind, name = found.groups()
-        file, table_of = TABLES[kind]
-        made = table_of(records.read(configs / name / file))
-        parts = [part if isinstance(part, str) else report.as_markdown(part) for part in made]
+        parts = [part if isinstance(part, str) else report.as_markdown(part) for part in TABLES[kind](configs, name)]
         return f"<!-- {kind}: {name} -->\n" + "\n\n".join(parts) + "\n<!-- end -->"
 
     return re.sub(rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
