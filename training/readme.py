@@ -1,8 +1,8 @@
 """python -m training.readme: pages' tables, comparisons' figures and shipped cards anew from the committed records.
 
 Tables, and a verdict's sentences, stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. ``finetune`` is made
-from ``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it; ``backbones`` from those of
-all the backbones of the package that its pattern matches.
+from ``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it; ``backbones`` from those
+of all the backbones of the package that its pattern matches.
 """
 
 import re
@@ -52,7 +52,7 @@ PROBES = {"linear": {"protocol": "linear"}, "kNN": {"protocol": "knn", "k": 20}}
 
 
 def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
-    """Pooled features of the backbones of the package, on the test split: untrained, after the proxy task, after SSL++."""
+    """Pooled features of the package's backbones, on the test split: untrained, after the proxy task, after SSL++."""
     heads = [f"{probe}, {arm}" for probe in PROBES for arm in ARMS.values()]
     lines = [["backbone", "parameters", "px", *heads]]
     for name in timm.list_pretrained(pattern):
