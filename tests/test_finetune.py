@@ -235,7 +235,7 @@ def test_the_head_is_trained_first_and_frozen_stages_never(context):
 
 
 def test_a_share_of_the_labels_is_a_share_of_each_class(tiny, context, monkeypatch):
-    monkeypatch.setattr(T, "load_for", lambda *args, **kwargs: (tiny, None))
+    monkeypatch.setattr(T.inputs, "load_for", lambda *args, **kwargs: (tiny, None))
     network = B.create(Model("test_resnet"), 16)
     _, every = T.load_images(network, T.Finetune(), context)
     assert torch.equal(every, tiny.train)
@@ -300,8 +300,8 @@ def test_a_validation_split_chooses_and_the_test_split_is_measured_once(backbone
         for i in range(count):
             write_png(data / split / "ab"[i % 2] / f"{i}.png", np.full((16, 16, 3), 40 + 150 * (i % 2)))
     measured = []
-    real = T.Keeper.top1
-    monkeypatch.setattr(T.Keeper, "top1", lambda self, net, split: measured.append(split) or real(self, net, split))
+    real = T.Keeper.answers
+    monkeypatch.setattr(T.Keeper, "answers", lambda self, net, split: measured.append(split) or real(self, net, split))
     options = [x for x in TINY if x not in ("--data.val_fraction", "0.2")]
     done = call(T.main, backbone, *options, "--data.path", data, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr

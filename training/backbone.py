@@ -25,20 +25,21 @@ from .recipe import Model
 FILES = ("config.json", "model.safetensors")  # of a saved backbone
 
 
-def create(model: Model, size: int | None, pretrained: bool | None = None) -> nn.Module:
-    """Build the recipe's backbone without a head, for square images of `size` px.
+def create(model: Model, size: int | None, pretrained: bool | None = None, head: bool = False) -> nn.Module:
+    """Build the recipe's backbone for square images of `size` px.
 
     Args:
         model: the recipe's network.
         size: working size, px, passed on as img_size to networks that are built for one size; None: the network's own.
         pretrained: load weights; the recipe's choice if None.
+        head: keep the classifier that the weights have; a backbone has none.
 
     Raises:
         Refused: timm cannot build it, or it does not tell its stages or take such images.
         Failed: its weights cannot be kept.
     """
     pretrained = model.pretrained if pretrained is None else pretrained
-    args = {**model.args, "num_classes": 0}
+    args = model.args if head else {**model.args, "num_classes": 0}
     try:
         network = timm.create_model(model.name, pretrained=pretrained, **args)
         wants = get_model_input_config(network)
@@ -65,7 +66,8 @@ def _why_not(model: Model, error: Exception) -> str:
         near = difflib.get_close_matches(model.name.split(".")[0], timm.list_models(), 3)
         return f"model.name: timm has no model {model.name!r}" + (f"; did you mean {', '.join(near)}?" if near else ".")
     field = "model.args" if isinstance(error, TypeError) else "model.name"
-    return f"{field}: timm cannot build {model.name} with {model.args}: {text[:300]}"
+    given = f" with {model.args}" if model.args else ""
+    return f"{field}: timm cannot build {model.name}{given}: {text[:300]}"
 
 
 WHITE = "white "  # begins the note of a pretrained_cfg that tells what more than 8 bits were scaled by
@@ -78,14 +80,13 @@ def white_of(network: nn.Module) -> float | None:
 
 
 def as_seen_by(network: nn.Module, images: Images, own_crop: bool = False) -> Images:
-    """The images with the size, statistics and crop that a pretrained network expects; `own_crop` keeps the images'.
+    """The images with the statistics and crop that a pretrained network expects; `own_crop` keeps the images'.
 
     Of pictures larger than what is stored, the images' own crop alone is what timm's transform shows, to the pixel.
     """
     source = network.pretrained_cfg
     return dataclasses.replace(
         images,
-        size=source["input_size"][-1],
         mean=tuple(source["mean"]),
         std=tuple(source["std"]),
         crop_pct=images.crop_pct if own_crop else source["crop_pct"],

@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from .files import Failed, Refused, reason
+from .limits import PositiveInt
 from .recipe import Data, Proxy, Recipe, Running, Schedule
+
+MISSING = "MODEL is missing: name a model's folder, such as runs/mine/hub, or any name that timm loads with weights"
 
 
 class Parser(ArgumentParser):
@@ -36,6 +39,7 @@ class Parser(ArgumentParser):
         text = re.sub(r"^Group '(.+)' does not accept option '(.+)'$", r"there is no field \1.\2", text)
         mapping = r"\1: \2 is no mapping; YAML wants a space after each colon, as in {channels: [16, 32]}"
         text = re.sub(r"^(\S+): Expected a <class 'dict'>\. Got value: (.+)$", mapping, text)
+        text = re.sub(r"^the following arguments are required: model$", MISSING, text)
         unknown = re.match(r"unrecognized arguments: --([^ =]+)|there is no field (.+)", text)
         hint = self.near(next(filter(None, unknown.groups()))) if unknown else ""
         raise Refused(f"{text}{hint} (see --help)") from ex
@@ -49,11 +53,24 @@ class Parser(ArgumentParser):
         return f"; did you mean {' or '.join(f'--{option}' for option in found)}?" if found else ""
 
 
-def model_parser(name: str, description: str, options: str) -> Parser:
-    """A parser of ``python -m training.NAME MODEL --data.path DATA``, `options` being what else it takes."""
+def model_parser(
+    name: str, description: str, options: str = "", unused: Collection[str] = (), sizes: bool = False
+) -> Parser:
+    """A parser of ``python -m training.NAME MODEL --data.path DATA``.
+
+    Args:
+        name: of the command.
+        description: what it does.
+        options: what else it takes, for the line of usage.
+        unused: fields of the data that it has no use for.
+        sizes: whether it takes a size other than the model's.
+    """
     usage = " ".join(filter(None, ("%(prog)s MODEL --data.path DATA", options, "[--FIELD VALUE ...]")))
     made = Parser(prog=f"python -m training.{name}", description=description, usage=usage, allow_abbrev=False)
-    made.add_argument("model", help="Folder of a backbone, or any name that timm loads with weights.")
+    made.add_argument("model", help="A model's folder, or any name that timm loads with weights.")
+    made.add_class_arguments(Data, "data", skip={"size", *unused})
+    if sizes:
+        made.add_argument("--data.size", type=PositiveInt | None, help="Working size, px; without it the model's own.")
     return made
 
 
@@ -93,17 +110,22 @@ def proxy_name(arguments: Sequence[str]) -> str:
     Raises:
         Refused: a file is no recipe.
     """
-    name, given = Proxy().name, iter(arguments)
-    for argument in given:
-        option, mark, value = argument.partition("=")
-        if option not in ("--config", "--proxy.name"):
-            continue
-        value = value if mark else next(given, "")
+    name = Proxy().name
+    for option, value in asked(arguments, "--config", "--proxy.name"):
         if option == "--proxy.name":
             name = value
         elif Path(value).is_file():  # if not, the parser says so
             name = str(load_recipe(Path(value)).get("proxy", {}).get("name", name))
     return name
+
+
+def asked(arguments: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
+    """(option, value) of some options of a command line, in order."""
+    given = iter(arguments)
+    for argument in given:
+        option, mark, value = argument.partition("=")
+        if option in options:
+            yield option, value if mark else next(given, "")
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,8 +143,13 @@ class _Loader(yaml.SafeLoader):
         return made
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
+def load_recipe(path: Path, kind: type = Recipe, example: str = "proxy: {epochs: 5}") -> dict[str, Any]:
     """The fields of a recipe, as its file has them.
+
+    Args:
+        path: of the file.
+        kind: the dataclass whose fields it is to have.
+        example: of a field.
 
     Raises:
         Refused: it is no text, no YAML, or has no fields.
@@ -137,8 +164,10 @@ def load_recipe(path: Path) -> dict[str, Any]:
         text = " ".join(str(error).replace('"<unicode string>", ', "").split())
         raise Refused(f"--config: {path} cannot be read as YAML: {text}") from error
     if not isinstance(fields, dict):
-        raise Refused(f"--config: {path} has no fields, such as `proxy: {{epochs: 5}}`.")
-    groups = {field.name for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.type)}
+        raise Refused(f"--config: {path} has no fields, such as `{example}`.")
+    if unknown := [name for name in fields if name not in {field.name for field in dataclasses.fields(kind)}]:
+        raise Refused(f"--config: {path} is no recipe of this command: it has no field {unknown[0]!r}.")
+    groups = {field.name for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.type)}
     for name, value in fields.items():
         if name in groups and not isinstance(value, dict):
             raise Refused(f"--config: {path}: {name} has fields of its own, and {value!r} is none of them.")

@@ -73,11 +73,11 @@ def mark_chance(axis: plt.Axes, records: list[dict[str, Any]], vertical: bool = 
                   ha="left" if vertical else "right", va="top" if vertical else "bottom")  # fmt: skip
 
 
-def tiles(images: Images, indices: Tensor) -> np.ndarray:
-    """Stored images as [n, TILE, TILE, 3] uint8."""
+def tiles(images: Images, indices: Tensor, side: int = TILE) -> np.ndarray:
+    """Stored images as [n, side, side, 3] uint8."""
     sides = images.sides[indices]
     whole = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], 1)
-    grown = resized_crop(images.pixels.squares(indices), whole, TILE)
+    grown = resized_crop(images.pixels.squares(indices), whole, side)
     return (grown * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 

@@ -83,6 +83,10 @@ class Images:
         """[n] int64 indices of everything that could be decoded."""
         return self.usable.nonzero().flatten()
 
+    def labelled(self, indices: Tensor) -> Tensor:
+        """Those of the indices whose label is known."""
+        return indices[self.labels[indices] >= 0]
+
     def sample(self, indices: Tensor, count: int) -> Tensor:
         """At most `count` of `indices`, drawn by split_seed, in order."""
         if len(indices) <= count:

@@ -20,6 +20,7 @@ from .command import Parser, guarded
 from .files import Failed, Refused, read_json, sha256_file
 
 NEEDED = ("config.json", "model.safetensors", "README.md")
+MADE = ("hub", "best")  # what a run, and a fine-tuning, leave to publish
 TITLE = "SSL++ backbone"
 Files = dict[str, Path | bytes]
 
@@ -27,10 +28,10 @@ Files = dict[str, Path | bytes]
 def command() -> Parser:
     parser = Parser(
         prog="python -m training.push",
-        description="Publish a run's hub/ folder: config.json, model.safetensors, the card and its figures.",
+        description="Publish a run's hub/ or best/: config.json, model.safetensors, the card and its figures.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", help="Run folder, runs/NAME, or a folder that timm loads.")
+    parser.add_argument("run", help="Run folder, runs/NAME, or one in it that has a card: hub/, best/ or last/.")
     parser.add_argument("repo", help="ORG/NAME on the Hub; made if it is not there.")
     parser.add_argument("--private", action="store_true", help="Make the repository private.")
     parser.add_argument("--revision", help="Branch to push to; main without it. It must be there.")
@@ -67,10 +68,10 @@ def collect(run: Path, repo: str) -> Files:
     Raises:
         Refused: the folder is not one that was exported.
     """
-    folder = run / "hub" if (run / "hub").is_dir() else run
+    folder = next((run / name for name in MADE if (run / name).is_dir()), run)
     for name in NEEDED:
         if not (folder / name).is_file():
-            raise Refused(f"{folder} has no {name}; what python -m training leaves in hub/ has.")
+            raise Refused(f"{folder} has no {name}; what training leaves in hub/, and training.finetune in best/, has.")
     try:
         read_json(folder / "config.json", "architecture")
     except Failed as error:

@@ -32,7 +32,7 @@ def fine_tuned(rows: contrast.Records) -> dict[str, dict[float, list[float]]]:
     """Top-1, %, of each seed, on the test split after the last epoch, by what was fine-tuned and by share of labels."""
     found: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        if (row["stage"], row["split"]) == ("last", "test"):
+        if (row["stage"], row["split"], row["metric"]) == ("last", "test", "top1"):
             start = short_name(row["model"]) + (", from scratch" if row["settings"]["scratch"] else "")
             found.setdefault(start, {}).setdefault(float(row["settings"]["labels"]), []).append(100 * row["value"])
     return found

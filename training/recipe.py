@@ -5,7 +5,8 @@ where two fields meet; what needs the images or the network is checked in `setup
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -339,10 +340,13 @@ def phase_fields(recipe: Recipe, phase: str) -> dict[str, Any]:
     return {name: value for name, value in flatten(recipe).items() if read(name)}
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML that `parse` reads back as the same recipe."""
-    values = dataclasses.asdict(recipe)
-    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+def to_yaml(recipe: Running, without: Collection[str] = ()) -> str:
+    """The recipe as YAML that its command reads back as the same recipe, `without` the fields that it does not take."""
+    values = _plain(dataclasses.asdict(recipe))
+    for name in without:
+        *groups, field = name.split(".")
+        del functools.reduce(dict.__getitem__, groups, values)[field]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:

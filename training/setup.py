@@ -236,25 +236,6 @@ def load_splits(data: Data, context: Context, tuning: bool = False, apart: Path 
     return found or load()
 
 
-def one_process(command: str, folder: Path, stop: StopSignals) -> Context:
-    """A float32 context for a command that measures or embeds, and does not train.
-
-    Raises:
-        Refused: it was launched in several processes.
-    """
-    accelerator = start("fp32", None, str(folder))
-    if accelerator.num_processes > 1:
-        raise Refused(f"{command} runs in one process; start it with python -m training.{command}.")
-    return Context(accelerator, folder, stop, 1, 1)
-
-
-def load_for(network: nn.Module, data: Data, context: Context, own_crop: bool = False, tuning: bool = False) -> Splits:
-    """The splits at the size and with the statistics that a pretrained network expects, its crop or their own."""
-    data = dataclasses.replace(scaled_for(network, data), size=network.pretrained_cfg["input_size"][-1])
-    train, test = load_splits(data, context, tuning)
-    return B.as_seen_by(network, train, own_crop), B.as_seen_by(network, test, own_crop) if test else None
-
-
 def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) -> None:
     """Write data.json and bad_images.txt; refuse a run folder of other data, so that labels never slip by one."""
     path, data = folder / "data.json", recipe.data

@@ -1,23 +1,21 @@
 """python -m training.evaluate MODEL --data.path DATA: how good the frozen features of any model that timm loads are."""
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import backbone as B
-from .. import launch, proxies, recipe, records, report
-from ..command import Parser, as_timm_names, check_data, guarded, model_parser, short_name
-from ..setup import load_for, load_transfer, one_process
+from .. import inputs, proxies, recipe, records, report
+from ..command import Parser, check_data, guarded, model_parser, short_name
+from ..setup import load_transfer
 from . import Over, evaluate
 
 
 def command() -> Parser:
     description = "Measure the frozen features of a model by the protocols that runs are measured by."
-    parser = model_parser("evaluate", description, "[--residue PROXY] [--out RECORDS.jsonl]")
+    parser = model_parser("evaluate", description, "[--residue PROXY] [--out RECORDS.jsonl]", sizes=True)
     parser.add_argument("--residue", help="Also measure how well this proxy task's views are told apart.")
     parser.add_argument("--out", help="File of records to add the figures to.")
-    parser.add_class_arguments(recipe.Data, "data", skip={"size"})  # the model says the size
     parser.add_class_arguments(recipe.Evaluate, "evaluate", skip={"every"})
     return parser
 
@@ -28,10 +26,11 @@ def main(arguments: Sequence[str]) -> None:
     made = parser.instantiate(given)
     check_data(made.data)
     views = proxies.residue(proxies.settings(given.residue)) if given.residue else ()
-    with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
-        context = one_process("evaluate", Path(scratch), stop)
-        network = B.create(recipe.Model(as_timm_names(given.model), pretrained=True), None)
-        train, test = load_for(network, made.data, context)
+    with inputs.one_process("evaluate") as context:
+        network = inputs.model(given.model, made.data.size)
+        train, test = inputs.load_for(network, made.data, context, made.data.size)
+        if told := inputs.shrunk(network, train):
+            context.say(told)
         context.say(report.splits_line(train.account))
         transfer = load_transfer(made.evaluate.transfer, made.data, (train, test), context)
         over = Over((train, test), views, transfer=transfer)

@@ -1,0 +1,117 @@
+"""What commands over a finished model read: the model, and images as it is to see them."""
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from . import backbone as B
+from . import images, sources
+from .command import as_timm_names
+from .decoding import MARGIN
+from .files import Refused
+from .images import Images
+from .launch import StopSignals, start
+from .loop import Context
+from .recipe import Data, Model
+from .setup import Splits, load_splits, scaled_for
+
+
+@contextmanager
+def one_process(command: str) -> Iterator[Context]:
+    """A float32 context, its folder gone afterwards, for a command that measures or embeds, and does not train.
+
+    Raises:
+        Refused: it was launched in several processes.
+    """
+    with StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
+        accelerator = start("fp32", None, scratch)
+        if accelerator.num_processes > 1:
+            raise Refused(f"{command} runs in one process; start it with python -m training.{command}.")
+        yield Context(accelerator, Path(scratch), stop, 1, 1)
+
+
+def model(name: str, size: int | None = None, pretrained: bool = True, head: bool = False) -> nn.Module:
+    """The MODEL of a command line.
+
+    Args:
+        name: a folder, or a name that timm loads.
+        size: working size, px; None: the model's own.
+        pretrained: with its weights.
+        head: with its classifier; a backbone without.
+
+    Raises:
+        Refused: there is none of this name, or it is not of this kind.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        inside = ", ".join(str(path.parent) for path in sorted(folder.glob("*/config.json")))
+        advice = f"name one of the models in it: {inside}" if inside else "a model's folder has one"
+        raise Refused(f"MODEL: {name} has no config.json; {advice}.")
+    if "/" in name and ":" not in name and not folder.exists():
+        raise Refused(f"MODEL: there is no folder {name}; a model of the Hub is called hf-hub:ORG/NAME.")
+    try:
+        network = B.create(Model(as_timm_names(name), pretrained=pretrained), size, head=head)
+    except Refused as error:
+        raise Refused(re.sub(r"^model\.\w+: ", "MODEL: ", str(error))) from error
+    if head and not network.num_classes:
+        raise Refused(
+            f"MODEL: {name} is a backbone, which knows no classes; python -m training.finetune makes it a classifier."
+        )
+    return network
+
+
+def own_size(network: nn.Module) -> int:
+    """The side of the images that a model was trained with, px."""
+    return network.pretrained_cfg["input_size"][-1]
+
+
+def load_for(
+    network: nn.Module,
+    data: Data,
+    context: Context,
+    size: int | None = None,
+    own_crop: bool = False,
+    tuning: bool = False,
+) -> Splits:
+    """The splits as a model expects them, at its own size if no other is given, with its crop or the images' own."""
+    train, test = load_splits(_for(network, data, size), context, tuning)
+    return B.as_seen_by(network, train, own_crop), B.as_seen_by(network, test, own_crop) if test else None
+
+
+def every_split(
+    network: nn.Module, data: Data, context: Context, size: int | None = None
+) -> Iterator[tuple[str, Images]]:
+    """Every split, or data.split alone, by name, as a model expects it; what cannot be decoded keeps its place."""
+    data = dataclasses.replace(_for(network, data, size), max_bad_fraction=1.0)
+    found, _ = sources.read(data)
+    names = [sources.uses(data, found).train] if data.split else [name for name, source in found.items() if len(source)]
+    for name in names:
+        split = images.load(data, {name: found[name]}, context.folder)
+        data = dataclasses.replace(data, white=split.white)
+        yield name, B.as_seen_by(network, split)
+
+
+def _for(network: nn.Module, data: Data, size: int | None) -> Data:
+    return dataclasses.replace(scaled_for(network, data), size=size or own_size(network))
+
+
+def shrunk(network: nn.Module, found: Images) -> str | None:
+    """What to expect of images that a model sees at another size than their own, or than it was trained at."""
+    size, own = found.size, own_size(network)
+    larger = int((found.sides >= round(MARGIN * size)).sum())
+    told = []
+    if size != own:
+        told.append(f"the model was trained at {own} px and is asked at {size} px: its features may be better or worse")
+    if larger:
+        told.append(
+            f"{larger} of {len(found.all)} images are larger than the {size} px that the model sees, and are shrunk to "
+            "that: what is small in them is lost to it, and a larger --data.size may show it more, up to a point"
+        )
+    if not told:
+        return None
+    return "; ".join(told) + "; python -m training.evaluate tells which size is best, where there are labels"
