@@ -1,0 +1,63 @@
+"""What commands over a model read: sizes other than the model's, every split, and what is said of it."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import call, make_images, write_png
+from training import backbone as B
+from training import embed, inputs
+from training.evaluate import __main__ as evaluate
+from training.extraction import plain_batch
+from training.recipe import Data, Model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone for 16 px."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    B.save(B.create(Model("test_resnet"), 16), folder, make_images())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Two splits: one of 60 px, one of 16 px with a broken file and an empty split beside them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    draws = np.random.default_rng(0)
+    for split, side, count in (("train", 60, 4), ("val", 16, 3)):
+        for number in range(count):
+            write_png(folder / split / f"{number}.png", draws.integers(0, 255, (side, side, 3)))
+    (folder / "val" / "1.png").write_bytes(b"")
+    return folder
+
+
+def test_every_split_is_embedded_at_the_size_that_is_asked_for(folder, mixed, tmp_path, context):
+    options = ["--data.path", mixed, "--out", tmp_path / "out.npz"]
+    done = call(embed.main, folder, *options, "--data.size", 24)
+    assert done.returncode == 0, done.stderr
+    assert "trained at 16 px and is asked at 24 px" in done.stdout
+    assert done.stdout.count("4 of 4 images are larger than the 24 px that the model sees") == 1
+    with np.load(tmp_path / "out.npz") as found:
+        assert [f"{s} {i}" for s, i in zip(found["split"], found["index"], strict=True)] == [
+            "train 0", "train 1", "train 2", "train 3", "val 0", "val 1", "val 2",
+        ]  # fmt: skip
+        rows = torch.from_numpy(found["features"])
+    assert rows.isnan().any(1).tolist() == [False] * 5 + [True, False]
+    network = inputs.model(str(folder), 24)
+    splits = dict(inputs.every_split(network, Data(path=str(mixed)), context, 24))
+    with torch.no_grad():
+        expected = network(plain_batch(splits["train"], torch.arange(4), torch.device("cpu")))
+    assert torch.allclose(rows[:4], expected, atol=1e-4)
+    alone = call(embed.main, folder, *options, "--data.split", "val")
+    assert (alone.returncode, "3 rows" in alone.stdout, "size" in alone.stdout) == (0, True, False)
+
+
+def test_evaluate_takes_a_size(folder, picture_folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda network, settings, over, context: seen.append(over.splits) or [])
+    for more, size in (([], 16), (["--data.size", "24"], 24)):
+        done = call(evaluate.main, folder, "--data.path", picture_folder, *more)
+        assert done.returncode == 0, done.stderr
+        assert [split.size for split in seen[-1]] == [size, size]
