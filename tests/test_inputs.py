@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """Two splits: one of 60 px, one of 16 px with a broken file and an empty split beside them."""
+    """Two splits: one of 60 px, one of 16 px with a broken file."""
     folder = tmp_path_factory.mktemp("mixed")
     draws = np.random.default_rng(0)
     for split, side, count in (("train", 60, 4), ("val", 16, 3)):

@@ -1,5 +1,6 @@
 """A classifier: how it learns labels, what it says of images, and the lines of Python that use it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,7 +177,7 @@ def usage(model: str, size: int) -> str:
     return f"""import timm, torch
 from PIL import Image
 
-model = timm.create_model("{model}", pretrained=True).eval()
+model = timm.create_model({json.dumps(model, ensure_ascii=False)}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = Image.new("RGB", ({2 * size}, {2 * size}))  # your own: Image.open("photo.jpg").convert("RGB")
 batch = transform(image).unsqueeze(0)

@@ -92,14 +92,9 @@ def class_table(rows: list[tuple[str, int, int, str, int]]) -> report.Table:
     """A row for each class, the worst first."""
     lines = [["class", "images", "told right, %", "most often taken for"]]
     for name, count, right, taken, times in rows:
-        mistaken = f"{plain(taken)} ({times})" if times else ""
-        lines.append([plain(name), str(count), f"{100 * right / count:.0f}", mistaken])
+        mistaken = f"{taken} ({times})" if times else ""
+        lines.append([name, str(count), f"{100 * right / count:.0f}", mistaken])
     return lines
-
-
-def plain(text: str) -> str:
-    """A name that Markdown and HTML show as it is."""
-    return "".join(f"&#{ord(mark)};" if mark in "<>&|[]()*_`#\\$~!" else mark for mark in " ".join(text.split()))
 
 
 def split_table(told: Told) -> report.Table:
@@ -109,10 +104,10 @@ def split_table(told: Told) -> report.Table:
         use, count = account["use"], account.get("read", 0)
         if use == "training" and "validation" not in {a["use"] for a in told.train.account.values()}:
             held = int(told.train.held_out[told.train.all].sum())
-            lines.append([plain(name), USES[use], f"{told.learned:,}"])
-            lines.append([f"{plain(name)}, held-out part", USES["validation"], f"{held:,}"])
+            lines.append([name, USES[use], f"{told.learned:,}"])
+            lines.append([f"{name}, held-out part", USES["validation"], f"{held:,}"])
         else:
-            lines.append([plain(name), USES.get(use, use), f"{told.learned if use == 'training' else count:,}"])
+            lines.append([name, USES.get(use, use), f"{told.learned if use == 'training' else count:,}"])
     return lines
 
 
@@ -153,16 +148,16 @@ def write(folder: Path, told: Told) -> str:
         if (folder / "report" / f"{name}.png").exists()
     ]
     parts = [
-        f"# {folder.name}",
-        f"{headline(told)} It is {told.model}, fine-tuned.",
+        f"# {report.plain(folder.name)}",
+        f"{headline(told)} It is {report.plain(told.model)}, fine-tuned.",
         report.as_markdown(accuracy_table(told)),
         "## Which images were for what",
         report.as_markdown(split_table(told)),
-        f"All files: {report.splits_line(told.train.account)}.",
+        f"All files: {report.plain(report.splits_line(told.train.account))}.",
         "## Use it",
         f"On a folder of new images, no labels needed:\n\n```bash\npython -m training.predict {model} --data.path NEW "
         "--out predictions.csv\n```",
-        f"In Python:\n\n```python\n{classifier.usage(f'local-dir:{model}', size)}\n```",
+        f"In Python:\n\n{report.fenced(classifier.usage(f'local-dir:{model}', size), 'python')}",
         f"As ONNX (`pip install onnx onnxscript`):\n\n```python\n{classifier.ONNX}\n```",
         f"On the Hub:\n\n```bash\npython -m training.push {folder} ORG/NAME --dry-run\n```",
         *shown,
@@ -201,11 +196,13 @@ def card(name: str, kept: str, told: Told, per_class: list[tuple[str, int, int, 
     )
     settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in told.rows[0]["settings"].items())
     pictures = [f"![{PICTURES[one]}](report/{one}.png)" for one in ("classes", "confusion")]
-    licence = f"The weights are under {told.licence}" if told.licence else "No licence was chosen for these weights"
+    licence = "No licence was chosen for these weights: ask before you use them"
+    if told.licence:
+        licence = f"The weights are under {report.plain(told.licence)}"
     parts = [
         f"---\n{head}\n---",
-        f"# {name}",
-        f"It tells {len(told.names)} classes of images apart: {', '.join(map(plain, told.names))}.",
+        f"# {report.plain(name)}",
+        f"It tells {len(told.names)} classes of images apart: {', '.join(map(report.plain, told.names))}.",
         "## Use it",
         f"Plain timm loads it:\n\n```python\n{classifier.usage(f'hf-hub:{REPOSITORY}', told.train.size)}\n```",
         f'`transformers.pipeline("image-classification", "{REPOSITORY}")` does the same. As ONNX, after these '
@@ -216,7 +213,7 @@ def card(name: str, kept: str, told: Told, per_class: list[tuple[str, int, int, 
         *(pictures if kept == "best" else []),
         report.as_markdown(class_table(per_class)),
         "## How it was made",
-        f"{plain(short_name(told.model))} was fine-tuned on {told.learned:,} labelled images, seen at "
+        f"{report.plain(short_name(told.model))} was fine-tuned on {told.learned:,} labelled images, seen at "
         f"{told.train.size} px ({settings}), by `training.finetune` of SSL++ for timm.",
         "## Limits",
         "- It names one of its classes for any image, also for one that shows none; a low probability may tell.\n"
@@ -227,7 +224,7 @@ def card(name: str, kept: str, told: Told, per_class: list[tuple[str, int, int, 
 
 
 def _result(record: dict[str, Any]) -> EvalResult:
-    source, fingerprint = record["data"].rsplit("@", 1)
+    source, _, fingerprint = record["data"].rpartition("@")
     return EvalResult(
         task_type="image-classification",
         dataset_type=source,

@@ -5,23 +5,23 @@ Also of a features.parquet that training.embed wrote, with the images' place as 
 
 import dataclasses
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from .. import backbone as B
-from .. import figures, images, launch, recipe, sources
+from .. import figures, images, inputs, recipe, sources
 from ..command import Parser, check_data, guarded, parse
 from ..extraction import extract
 from ..files import Failed, Refused, whole_file
 from ..images import Images
 from ..loop import Context
-from ..setup import one_process, scaled_for
+from ..setup import scaled_for
 from . import FEWEST, Found
 
 IMAGES = 10_000
@@ -58,8 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     if not source.exists():
         raise Refused(f"{source} does not exist; name a run's folder, or a parquet file that training.embed wrote.")
     out = Path(given.out) if given.out else (source if source.is_dir() else source.parent) / "explore.html"
-    with launch.StopSignals() as stop, tempfile.TemporaryDirectory() as scratch:
-        context = one_process("explore", Path(scratch), stop)
+    with inputs.one_process("explore") as context:
         found = (of_run if source.is_dir() else of_table)(source, data, given.images, given.batch_size, context)
         if len(found.paths) < FEWEST:
             raise Refused(f"{source}: {len(found.paths)} images are too few for a map; it needs {FEWEST}.")
@@ -87,6 +86,8 @@ def rows_of(path: Path, loaded: Images, places: np.ndarray) -> pa.Table:
         Refused: its paths are of other images.
     """
     table = pq.read_table(path)
+    if "split" in table.column_names:  # of all splits, of which the training split is shown
+        table = table.filter(pc.equal(table["split"], next(iter(loaded.account))))
     if places.max() < len(table):
         table = table.take(places)
         if table["path"].to_pylist() == loaded.paths:
