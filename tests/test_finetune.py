@@ -217,7 +217,7 @@ def trained(images, context, **settings):
     frozen = T.check(task.settings, task.network, images, len(images.train), 1)
     keeper = T.Keeper(context, {"train": images}, task.settings)
     key = Key(0, "finetune")
-    T.fit(task.network, images, images.train, task.settings, frozen, key, context, "x", keeper)
+    T.fit(task.network, images, images.train, task.settings, frozen, key, context, {}, keeper)
     return {n for n, value in task.network.state_dict().items() if not torch.equal(value, before[n])}
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: folders renamed into place, the last two kept, safetensors and JSON, checked by sha256 when read."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,26 @@ class Checkpoint:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """A finished schedule that another goes on from.
+
+    Attributes:
+        step: its last.
+        fingerprint: of its checkpoints.
+    """
+
+    step: int
+    fingerprint: str
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def _found(self, name: str) -> list[Path]:
+    def found(self, name: str) -> list[Path]:
         """Those of phase `name`, by their steps."""
         steps = {path: path.name.rpartition("_")[2] for path in self.folder.glob(f"{name}_*") if path.is_dir()}
         return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
@@ -78,15 +92,21 @@ class Checkpoints:
             write_json(beside / "state.json", {**told, "state_sha256": sha256_json(told)})
         # The last two of this phase; one past this step is another run's, and a phase before this one is over.
         here = self.folder / f"{name}_{state['step']:08d}"
-        own = self._found(name)
+        own = self.found(name)
         kept = own[: own.index(here) + 1][-KEPT:]
         for old in self.folder.glob("*"):
             if old not in kept and not old.name.startswith("."):
                 shutil.rmtree(old, ignore_errors=True)
 
-    def load(self, name: str, fingerprint: str, say: Any = print) -> Checkpoint | None:
-        """The newest whole checkpoint of phase `name` made with the same fingerprint, or None."""
-        for path in reversed(self._found(name)):
+    def load(
+        self, name: str, fingerprint: str, say: Callable[[str], None] = print, earlier: Earlier | None = None
+    ) -> Checkpoint | None:
+        """The newest whole checkpoint of phase `name` made with the same fingerprint; else the schedule's before.
+
+        Raises:
+            Failed: there is a schedule before, and its last checkpoint is gone.
+        """
+        for path in reversed(self.found(name)):
             try:
                 state = read_json(path / "state.json")
                 whole = state.pop("state_sha256") == sha256_json(state)
@@ -98,4 +118,9 @@ class Checkpoints:
                 continue
             if state["phase"] == name and state["fingerprint"] == fingerprint:
                 return Checkpoint(load_file(path / "state.safetensors"), state)
-        return None
+        if earlier is None:
+            return None
+        found = self.load(name, earlier.fingerprint, say)
+        if found is None or found.step < earlier.step:
+            raise Failed(f"{self.folder} has no whole checkpoint to go on from; choose another --run.")
+        return found

@@ -9,7 +9,7 @@ import pyarrow as pa
 from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
-from . import classifier, guesses, records, report, tables
+from . import classifier, guesses, longer, records, report, tables
 from .card import REPOSITORY
 from .command import short_name
 from .files import read_json, read_lines, whole_file, write_text
@@ -149,7 +149,7 @@ def write(folder: Path, told: Told) -> str:
     ]
     parts = [
         f"# {report.plain(folder.name)}",
-        f"{headline(told)} It is {report.plain(told.model)}, fine-tuned.",
+        f"{headline(told)} It is {report.plain(told.model)}, fine-tuned.{longer.words(told.rows[0])}",
         report.as_markdown(accuracy_table(told)),
         "## Which images were for what",
         report.as_markdown(split_table(told)),
@@ -214,7 +214,7 @@ def card(name: str, kept: str, told: Told, per_class: list[tuple[str, int, int, 
         report.as_markdown(class_table(per_class)),
         "## How it was made",
         f"{report.plain(short_name(told.model))} was fine-tuned on {told.learned:,} labelled images, seen at "
-        f"{told.train.size} px ({settings}), by `training.finetune` of SSL++ for timm.",
+        f"{told.train.size} px ({settings}), by `training.finetune` of SSL++ for timm.{longer.words(told.rows[0])}",
         "## Limits",
         "- It names one of its classes for any image, also for one that shows none; a low probability may tell.\n"
         "- It was trained and measured on images of one source, and knows their biases.\n"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import inputs, launch, records, report
+from . import inputs, launch, longer, records, report
 from .classifier import Classify, Finetune, head_names
 from .command import (
     Parser,
@@ -83,9 +83,12 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
         lock = lock_folder(folder) if context.main else None
         splits, indices = load_images(network, settings, context)
         frozen = check(settings, network, splits["train"], len(indices), accelerator.num_processes)
-        read = reads(settings, network, splits, indices, precision)
         marker = folder / "finetune.json"
-        if marker.exists():
+        read = longer.going_on(marker, reads(settings, network, splits, indices, precision), "epochs")
+        more = longer.asked(marker, read)
+        if more:
+            longer.check(folder, marker, "epochs")
+        elif marker.exists():
             refuse_other(marker, read)
     accelerator.wait_for_everyone()
     if context.main:
@@ -105,8 +108,11 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     seed_all(key.number("head"))
     network.reset_classifier(classes)
     keeper = Keeper(context, splits, settings)
-    if "budget" not in read_json(marker, "read"):
-        fit(network, splits["train"], indices, settings, frozen, key, context, sha256_json(read), keeper)
+    if more:
+        done = read["earlier"][-1][0]
+        context.say(f"{folder}: goes on from {done:g} epochs to {settings.epochs:g}, by a schedule of its own")
+    if more or "budget" not in read_json(marker, "read"):
+        fit(network, splits["train"], indices, settings, frozen, key, context, read, keeper)
         if context.main:
             write_json(marker, {"read": read, "budget": context.budget})
         accelerator.wait_for_everyone()
@@ -198,18 +204,23 @@ def fit(
     frozen: set[str],
     key: Key,
     context: Context,
-    fingerprint: str,
+    read: dict[str, Any],
     keeper: Keeper,
 ) -> None:
     """Train the head, then all that is not frozen; `keeper` looks at the classifier after each epoch."""
-    _, total = steps_of(settings, len(indices))
+
+    def steps(epochs: float) -> int:
+        return steps_of(dataclasses.replace(settings, epochs=epochs), len(indices))[1]
+
+    total, earlier = steps(settings.epochs), read.get("earlier", ())
     names = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
-    alone = round(settings.head_first * total)
+    alone = round(settings.head_first * (steps(earlier[0][0]) if earlier else total))
     task = Classify(network, settings, images, average_from=alone)
     keeper.task = task
     for still, first, last in ((names - head_names(network), 0, alone), (frozen, alone, total)):
         task.hold(still)
-        train(task, images, indices, settings, key, context, fingerprint, first, last, keeper.look)
+        done = longer.last_of(earlier, steps)
+        train(task, images, indices, settings, key, context, sha256_json(read), first, last, keeper.look, done)
 
 
 if __name__ == "__main__":

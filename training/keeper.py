@@ -3,7 +3,7 @@
 from torch import nn
 
 from . import backbone as B
-from . import classifier, classifier_report, records
+from . import classifier, classifier_report, longer, records
 from .files import Refused, check_written, read_json, sha256_file, sha256_json, whole_folder, write_json, written
 from .images import Images
 from .loop import Context
@@ -61,7 +61,7 @@ class Keeper:
         """Records of the best and the last classifier, on the held-out part and the test split; report and cards."""
         path, found, train = self.context.folder / "records.jsonl", [], self.splits["train"]
         marker, settings = read_json(self.context.folder / "finetune.json"), self.settings
-        cost = marker["budget"]
+        cost, schedules = marker["budget"], longer.schedules([(self.context.folder / "finetune.json", "epochs")])
         told = {name: getattr(settings, name) for name in ("labels", "epochs", "scratch", "lr", "layer_decay")}
         splits = ("val", *(s for s in self.splits if s != "train"))
         for name in ("last", "best"):
@@ -89,6 +89,7 @@ class Keeper:
                 "precision": precision,
                 "weights_sha256": sha256_file(folder / "model.safetensors"),
                 "versions": records.versions(),
+                **({"schedules": schedules} if schedules else {}),
             }
             for split in splits:
                 said = self.answers(network, split)

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from . import backbone as B
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, Earlier
 from .files import Diverged, Failed, Refused, append_line, read_lines, write_lines
 from .images import Images
 from .launch import Interrupted, Key, StopSignals, out_of_memory, seed_all
@@ -197,6 +197,7 @@ def train(
     first: int = 0,
     last: int | None = None,
     epoch_end: Callable[[int, int], dict[str, float]] | None = None,
+    earlier: Earlier | None = None,
 ) -> None:
     """Train `task` in place from step `first` to step `last` of the schedule, or on from the newest checkpoint between.
 
@@ -212,20 +213,22 @@ def train(
         first, last: steps of the schedule, the whole of it by default.
         epoch_end: called after each epoch and after the last step, with the steps done and all there are; what it
             returns is logged.
+        earlier: the schedule that this one goes on from, and whose steps are done.
 
     Raises:
+        Failed: the last checkpoint of the schedule before is gone.
         Diverged: the loss is not finite; the last good checkpoint is kept.
         Interrupted: a signal came; a checkpoint has been written.
     """
     accelerator = context.accelerator
     epoch_steps, total = steps_of(schedule, len(indices))
     last = total if last is None else last
-    saved = context.checkpoints.load(key.name, fingerprint, context.say)
+    begin = earlier.step if earlier else 0
+    saved = context.checkpoints.load(key.name, fingerprint, context.say, earlier)
     if saved:
         context.budget = saved.state["budget"]
     if first >= last or (saved and saved.step >= last and last < total):
         return  # the next call's part of the schedule has begun
-    # 1. model, optimiser, and where they stood
     task.to(accelerator.device, memory_format=task.memory_format).train()
     flops = count_flops(task, draw_batch(images, indices, schedule, key, first, 0, accelerator, rows=2))
     optimizer = make_optimizer(task, schedule)
@@ -238,16 +241,14 @@ def train(
             if accelerator.scaler:
                 accelerator.scaler.load_state_dict(saved.state["scaler"])
     model, optimizer = accelerator.prepare(task, optimizer)
-    # 2. schedule and log
-    warmup = min(round(schedule.warmup * epoch_steps), total // 10)
+    warmup = min(round(schedule.warmup * epoch_steps), (total - begin) // 10)
     log, bar, window = Log(context, key, step), _bar(context, key, step, total), Window(context)
     meter = Meter(context, flops, schedule.batch_size, task.seen)
     saved_at = step
     context.stop.deferred = True
-    # 3. steps
     try:
         while step < last:
-            rate = learning_rate(step, total, warmup, schedule.lr)
+            rate = learning_rate(step - begin, total - begin, warmup, schedule.lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             seed_all(key.number("step", step, accelerator.process_index))

@@ -6,7 +6,7 @@ gradient (Kumar et al., ICLR 2022); then it trains on at `low_lr` of the learnin
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from . import recipe
 from .files import Refused
 from .images import Images
 from .launch import Key, seed_all
+from .longer import last_of
 from .loop import Context, steps_of, train
 from .task import BackboneTask, Batch, accuracy, decay_groups
 
@@ -116,6 +117,7 @@ def relearn(
     context: Context,
     fingerprint: str,
     watch: Callable[[Relearn, int], Callable[[int, int], dict[str, float]]] | None = None,
+    earlier: Sequence = (),
 ) -> nn.Module:
     """Train phase 3 from `network`, which is changed, and return the relearned backbone.
 
@@ -128,13 +130,19 @@ def relearn(
         images: the training split.
         key, context, fingerprint: as `loop.train` takes them.
         watch: makes `loop.train`'s `epoch_end` of the task and the number of images that it draws from.
+        earlier: the schedules before, as `longer.going_on` has them.
     """
     indices = images.train[(labels[images.train] >= 0).any(1)]
     # As many steps as with all images, so that leaving some out does not make the phase shorter.
     share = (len(images.train) // settings.batch_size) / max(1, len(indices) // settings.batch_size)
     settings = dataclasses.replace(settings, epochs=settings.epochs * share)
+
+    def steps(epochs: float) -> int:
+        return steps_of(dataclasses.replace(settings, epochs=epochs * share), len(indices), "relearn.")[1]
+
     _, total = steps_of(settings, len(indices), "relearn.")
-    settled = round(settings.settle * total)
+    # What went on has settled in its first schedule.
+    settled = round(settings.settle * (steps(earlier[0][0]) if earlier and settings.settle < 1 else total))
     low = split(network, settings, images.size)
     seed_all(key.number("fresh"))
     if settings.reinit != "none":
@@ -143,8 +151,9 @@ def relearn(
         B.reinit(network, names if settings.reinit == "all" else names - low, fresh, settings.keep)
     task = Relearn(network, low, labels, classes, settings, images, settled)
     look = watch(task, len(indices)) if watch else None
+    done = last_of(earlier, steps)
     task.freeze_low(True)
-    train(task, images, indices, settings, key, context, fingerprint, last=settled, epoch_end=look)
+    train(task, images, indices, settings, key, context, fingerprint, last=settled, epoch_end=look, earlier=done)
     task.freeze_low(settings.low_lr == 0)
-    train(task, images, indices, settings, key, context, fingerprint, first=settled, epoch_end=look)
+    train(task, images, indices, settings, key, context, fingerprint, settled, epoch_end=look, earlier=done)
     return task.result()

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from . import figures
+from . import figures, longer
 from .evaluate.label_free import LEADING
 from .files import read_json, whole_file, write_text
 from .recipe import Recipe
@@ -227,7 +227,7 @@ def gain(records: Records, arm: str) -> str:
     return (
         f"{arm} over the proxy's backbone, pooled features, on {where}, seed {other['seed']}: {'; '.join(parts)}. {how}"
         f"The proxy's backbone has seen {one['images_seen']:,} images, {arm} {other['images_seen']:,}: a comparison at "
-        "equal budget, over several seeds, is what training.compare makes."
+        f"equal budget, over several seeds, is what training.compare makes.{longer.words(other)}"
     )
 
 

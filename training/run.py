@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import backbone as B
-from . import clusters, export, figures, proxies, records, report
+from . import clusters, export, figures, longer, proxies, records, report
 from .evaluate import Over, evaluate
 from .evaluate.online import Online
 from .extraction import extract
@@ -28,7 +28,7 @@ from .files import (
 )
 from .images import Images
 from .launch import StopSignals, seed_all
-from .loop import train
+from .loop import steps_of, train
 from .recipe import READS, Recipe, Schedule, phase_fields
 from .relearn import relearn
 from .setup import Read, Run, prepare, refuse_other
@@ -102,8 +102,11 @@ def once(this: Run, marker: Path, read: dict[str, Any], do: Callable[[], dict[st
         Refused: it was done from other fields or inputs.
         Failed: what it wrote is no longer there as it was.
     """
-    lent = lending(this, marker, read)
-    ours = marker.exists()
+    lent, more = lending(this, marker, read), longer.asked(marker, read)
+    if more:
+        done, epochs = read["earlier"][-1][0], read[f"{marker.stem}.epochs"]
+        this.context.say(f"{marker.parent}: goes on from {done:g} epochs to {epochs:g}, by a schedule of its own")
+    ours = marker.exists() and not more
     theirs = not ours and lent is not None and (lent / marker.name).exists()
     this.accelerator.wait_for_everyone()  # every process has looked before the main one writes
     if theirs and this.main:
@@ -154,7 +157,11 @@ def keep(this: Run, network: nn.Module, folder: Path) -> None:
 def phase_proxy(this: Run) -> Path:
     """Phase 1: proxy/, a backbone trained on the proxy task."""
     folder, settings, key = this.folder / "proxy", this.recipe.proxy, this.key("proxy")
-    read = reads(this, "proxy")
+    marker = folder / "proxy.json"
+    read = longer.going_on(marker, reads(this, "proxy"), "proxy.epochs")
+
+    def steps(epochs: float) -> int:
+        return steps_of(dataclasses.replace(settings, epochs=epochs), len(this.train.train), "proxy.")[1]
 
     def learn() -> dict[str, Any]:
         seed_all(key.number("weights"))
@@ -162,15 +169,16 @@ def phase_proxy(this: Run) -> Path:
         solved = {}
         if settings.epochs:
             task = proxies.build(settings, network, this.train)
-            look = watch(this, settings, task, len(this.train.train))
-            train(task, this.train, this.train.train, settings, key, this.context, sha256_json(read), epoch_end=look)
+            look, indices = watch(this, settings, task, len(this.train.train)), this.train.train
+            done = longer.last_of(read.get("earlier", ()), steps)
+            train(task, this.train, indices, settings, key, this.context, sha256_json(read), 0, None, look, done)
             network, solved = task.result(), how_well(this, task)
         elif not this.recipe.model.pretrained:
             network = this.untrained()
         keep(this, network, folder)
         return solved
 
-    once(this, folder / "proxy.json", read, learn)
+    once(this, marker, read, learn)
     return folder
 
 
@@ -221,6 +229,7 @@ def phase_relearn(this: Run, source: Path, number: int) -> Path:
     """Phase 3: the backbone of round_N/, its high part learned from that round's pseudo-labels."""
     folder, settings = this.folder / f"round_{number}", this.recipe.relearn
     read = reads(this, "relearn", backbone=source / "model.safetensors", labels=folder / "labels.parquet")
+    read = longer.going_on(folder / "relearn.json", read, "relearn.epochs")
 
     def learn() -> dict[str, Any]:
         before = this.on_device(B.load(source))
@@ -235,6 +244,7 @@ def phase_relearn(this: Run, source: Path, number: int) -> Path:
             this.context,
             sha256_json(read),
             lambda task, count: watch(this, settings, task, count),
+            read.get("earlier", ()),
         )
         keep(this, network, folder)
         return {"split": split}
@@ -287,6 +297,7 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     if this.main:
         markers = [folder / f"{name}.json" for folder in folders for name in READS]
         made = [read_json(marker, "budget") for marker in markers if marker.exists()]
+        schedules = longer.schedules([(marker, f"{marker.stem}.epochs") for marker in markers if marker.exists()])
         costs = [marker["budget"] for marker in made]
         for solved in (marker["solved"] for marker in made if "solved" in marker):
             told = {"stage": "pooled", "protocol": "task", "settings": {"chance": solved["chance"]}, "split": "train"}
@@ -308,6 +319,7 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
             "precision": this.recipe.precision,
             "weights_sha256": weights,
             "versions": records.versions(),
+            **({"schedules": schedules} if schedules else {}),
         }
         source = this.recipe.data.called
         if number:

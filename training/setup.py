@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from . import backbone as B
-from . import clusters, images, peaks, proxies, records, relearn, report
+from . import clusters, images, longer, peaks, proxies, records, relearn, report
 from .extraction import plain_batch
 from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, write_json, write_text
 from .folders import escape
@@ -118,7 +118,11 @@ def prepare(
     refuse_files(folder, ("checkpoints", "proxy", "report", "hub", *rounds))
     for marker in folder.glob("*/*.json"):
         if marker.stem in READS:
-            refuse_other(marker, phase_fields(recipe, marker.stem))
+            fields, epochs = phase_fields(recipe, marker.stem), f"{marker.stem}.epochs"
+            if longer.asked(marker, longer.going_on(marker, fields, epochs)):
+                longer.check(folder, marker, epochs, shared is None)
+            else:
+                refuse_other(marker, fields)
     accelerator = start(recipe.precision, recipe.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     with nothing_left(folder):
