@@ -40,7 +40,7 @@ def train(folder, data, *more):
     return call(main, *TINY_RUN, "--data.path", data, "--run", folder, *more)
 
 
-def test_more_epochs_go_on_from_the_last_checkpoint_by_a_new_schedule(longer, picture_folder, finished):
+def test_more_epochs_go_on_from_the_last_checkpoint_by_a_new_schedule(longer, picture_folder, finished, unmeasured):
     run, done = longer
     before = load_file(finished[0] / "checkpoints" / "relearn_1_00000008" / "state.safetensors")
     assert "round_1: goes on from 2 epochs to 4, by a schedule of its own" in done.stdout
@@ -73,13 +73,13 @@ def test_what_goes_on_and_is_interrupted_ends_in_the_same_weights(
 
     def stop(task, optimizer, key, step, fingerprint, context):
         real(task, optimizer, key, step, fingerprint, context)
-        if step in (10, 12) and step not in stopped:
+        if step == 10 and not stopped:
             stopped.append(step)
             context.stop.number = 15
 
     monkeypatch.setattr(loop, "save_checkpoint", stop)
     command = ("--relearn.epochs", 4, "--checkpoint_every", 2)
-    assert [train(run, picture_folder, *command).returncode for _ in range(3)] == [143, 143, 0]
+    assert [train(run, picture_folder, *command).returncode for _ in range(2)] == [143, 0]
     one, other = (folder / "round_1" / "model.safetensors" for folder in (longer[0], run))
     assert one.read_bytes() == other.read_bytes()
 
