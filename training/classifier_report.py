@@ -33,7 +33,7 @@ class Told:
         model: what was fine-tuned, as timm loads it.
         rows: the run's records.
         train: the training images.
-        learned: how many of them, at most, it learned from.
+        learned: how many of them had labels that it learned from.
         called: what people call each split of the records.
         shown: the split that tables and figures show.
         found: what the best classifier says of its images.
@@ -62,7 +62,7 @@ def headline(told: Told) -> str:
     right = int((told.found.guess == told.found.truth).sum())
     low, high = guesses.interval(right, len(told.found.truth))
     balanced = told.accuracy("best", told.shown, "balanced")
-    mean = f" The mean over classes, which are of unequal size, is {100 * balanced:.1f} %." if balanced else ""
+    mean = "" if balanced is None else f" The mean over classes, which are of unequal size, is {100 * balanced:.1f} %."
     warning = " It was chosen on these images, which flatters it: a test split would tell more." * (told.shown == "val")
     return (
         f"Of {len(told.found.truth):,} images ({told.called[told.shown]}) the classifier in `best/` tells "
@@ -115,7 +115,7 @@ def draw(folder: Path, told: Told, metrics: list[dict[str, Any]], best: int) -> 
     """The figures in report/."""
     at, where, counts = folder / "report", told.called[told.shown], classifier.confusion(told.found)
     finetuned = [r for r in metrics if r["phase"] == "finetune"]
-    epoch = next((r["images"] for r in finetuned if "val_top1" in r), 1)
+    epoch = finetuned[-1]["images"] / told.rows[0]["settings"]["epochs"]
     always = constant(told.train, told.train.labels[told.train.labelled(told.train.val)])
     guesses.learning(at / "learning.png", finetuned, epoch, told.called["val"], best, always)
     overall = (told.found.guess == told.found.truth).double().mean().item()

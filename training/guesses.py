@@ -24,7 +24,7 @@ def short(name: str, length: int = 20) -> str:
 
 
 def learning(
-    path: Path, rows: list[dict[str, Any]], epoch_images: int, called: str, best: int, constant: float
+    path: Path, rows: list[dict[str, Any]], epoch_images: float, called: str, best: int, constant: float
 ) -> None:
     """Loss and accuracy against epochs.
 
