@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -139,6 +140,13 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence(run, tmp_path, source, op
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert named in done.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_without_the_extra_it_says_what_to_install(run, monkeypatch):
+    monkeypatch.delattr("training.explore.page")
+    monkeypatch.setitem(sys.modules, "training.explore.page", None)
+    done = call(explore.main, run)
+    assert (done.returncode, done.stderr) == (2, f"error: {explore.NEEDS}\n")
 
 
 def test_a_comparison_tells_which_of_its_runs_to_look_at(run, tmp_path):

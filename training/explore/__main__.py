@@ -115,8 +115,9 @@ def known(loaded: Images, sides: dict[str, torch.Tensor], table: pa.Table | None
 def of_run(folder: Path, data: recipe.Data, count: int, batch_size: int, context: Context) -> Found:
     """Images of a run, with features before and after relearning and the clusters of its last round."""
     if not (folder / "proxy" / "model.safetensors").exists():
-        inside = sorted(path.parent.parent for path in folder.glob("seed_*/*/proxy/model.safetensors"))
-        hint = f"; name one of its runs, such as {inside[-1]}" if inside else ""
+        inside = [path.parent.parent for path in folder.glob("seed_*/*/proxy/model.safetensors")]
+        best = min(inside, key=lambda path: (path.name != "sslpp", path), default=None)
+        hint = f"; name one of its runs, such as {best}" if best else ""
         raise Refused(f"{folder} is no run with a backbone in proxy/{hint}.")
     own = parse(["--config", str(folder / "recipe.yaml"), "--run", str(folder)]).data
     unset = recipe.Data()
