@@ -30,7 +30,7 @@ PICTURES = {
     "lowshot": "Accuracy on few labelled images of each class; bars: standard deviation over five draws",
     "neighbours": "Held-out images, drawn at random, and their nearest training images, before and after relearning",
     "clusters": "Clusters of the last round, the pseudo-labels that were relearned from",
-    "curves": "Training, phase by phase",
+    "curves": "Training, phase by phase: the loss, and what the log tells of each phase's own task",
 }
 
 
