@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments:
         from . import compare
 
-        arms = ["random", "proxy", "scratch", "sslpp"]
+        arms = ["random", "proxy", "sslpp"]
         compare.main(["--config", str(QUICKSTART)], arms=arms, seeds=[3, 4, 5, 6, 7], grid=[1.0])
         return
     from .command import parse

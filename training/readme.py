@@ -52,7 +52,7 @@ PROBES = {"linear": {"protocol": "linear"}, "kNN": {"protocol": "knn", "k": 20}}
 
 
 def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
-    """Pooled features of the package's backbones, on the test split: untrained, after the proxy task, after SSL++."""
+    """Pooled features of the package's backbones on the test split: untrained, after the proxy task, after SSL++."""
     heads = [f"{probe}, {arm}" for probe in PROBES for arm in ARMS.values()]
     lines = [["backbone", "parameters", "px", *heads]]
     for name in timm.list_pretrained(pattern):
