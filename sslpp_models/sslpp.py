@@ -1,7 +1,8 @@
 """Entrypoints: stock architectures of timm with weights made by SSL++ (Chen et al., IEEE TIP 2022).
 
 Each builds one of timm's own architectures with a few keywords set, so that every keyword of timm works on it. Those
-ending in `_s32` are made for images of 32 px. All are headless; ``num_classes=10`` adds a head.
+ending in `_s32` and `_s64` are made for small images, which they see at about 32 and at 64 px. All are headless;
+``num_classes=10`` adds a head.
 """
 
 from typing import Any
@@ -46,6 +47,12 @@ default_cfgs = generate_default_cfgs(
     {
         name: _cfg(name, **fields)
         for name, fields in {
+            "sslpp_resnet10t_s64.simclr_c10": {
+                **_CIFAR10,
+                "input_size": (3, 64, 64),
+                "first_conv": "conv1.0",
+                "classifier": "fc",
+            },
             "sslpp_resnet10t_s32.rotation_c10": {
                 **_CIFAR10,
                 "input_size": (3, 36, 36),
@@ -64,6 +71,12 @@ def sslpp_resnet18_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 of half the usual width whose last stage is dilated instead of strided; 2.8 M parameters."""
     args = {"channels": (32, 64, 128, 256), "output_stride": 16}
     return _create("sslpp_resnet18_s32", "resnet18", args, pretrained, **kwargs)
+
+
+@register_model
+def sslpp_resnet10t_s64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-10 with a deep stem, for small images enlarged to 64 px; 4.9 M parameters."""
+    return _create("sslpp_resnet10t_s64", "resnet10t", {}, pretrained, **kwargs)
 
 
 @register_model

@@ -66,9 +66,7 @@ def test_more_epochs_go_on_from_the_last_checkpoint_by_a_new_schedule(longer, pi
     assert (fewer.returncode, "relearn.epochs: " in fewer.stderr) == (2, True)
 
 
-def test_what_goes_on_and_is_interrupted_ends_in_the_same_weights(
-    longer, run, picture_folder, unmeasured, monkeypatch
-):
+def test_what_goes_on_and_is_interrupted_ends_in_the_same_weights(longer, run, picture_folder, unmeasured, monkeypatch):
     real, stopped = loop.save_checkpoint, []
 
     def stop(task, optimizer, key, step, fingerprint, context):

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import constants, hf_api
+from huggingface_hub import CommitOperationAdd, constants, hf_api
 
 from tests.conftest import call, make_images
 from training import backbone as B
@@ -23,6 +23,13 @@ def exported(tmp_path_factory):
     (folder / "report" / "stages.png").write_bytes(b"\x89PNG picture")
     (folder / "optimizer.pt").write_bytes(b"pickled, and never sent")
     return folder.parent
+
+
+def link(run):
+    """hub/ of the same files, one of which lies elsewhere."""
+    shutil.copytree(run / "elsewhere", run / "hub")
+    (run / "hub" / "model.safetensors").unlink()
+    (run / "hub" / "model.safetensors").symlink_to(run / "elsewhere" / "model.safetensors")
 
 
 @pytest.fixture
@@ -54,7 +61,11 @@ def sent(run, hub):
 
 
 def on_hub(hub, ref="main"):
-    return {name: content for name, content in hub.files("org/net", ref).items() if name != ".gitattributes"}
+    return {
+        name: content
+        for name, content in hub.files("org/net", ref).items()
+        if name not in (".gitattributes", push.SENT)
+    }
 
 
 def test_a_run_is_pushed_whole_and_without_pickles(hub, run):
@@ -87,6 +98,41 @@ def test_the_cards_lines_name_the_repository(hub, run):
     assert on_hub(hub)["README.md"] == b'timm.create_model("hf-hub:org/net")'
     assert "ORG/NAME" in card.read_text()
     assert "nothing was sent" in call(push.main, run, "org/net").stdout
+
+
+def test_what_others_put_there_is_not_lost(hub, run):
+    """A card that was edited on the Hub, and a picture that no push put there."""
+    call(push.main, run, "org/net")
+    edit = [CommitOperationAdd("README.md", b"edited by hand"), CommitOperationAdd("report/mine.png", b"mine")]
+    hf_api.HfApi().create_commit("org/net", edit, commit_message="by hand")
+    (run / "hub" / "README.md").write_text("second card")
+    done = call(push.main, run, "org/net")
+    assert (done.returncode, done.stderr.count("\n"), "README.md" in done.stderr, "--overwrite" in done.stderr) == (
+        2, 1, True, True,
+    )  # fmt: skip
+    assert on_hub(hub)["README.md"] == b"edited by hand"
+    assert call(push.main, run, "org/net", "--create-pr").returncode == 0
+    assert on_hub(hub, "refs/pr/1")["README.md"] == b"second card"
+    assert on_hub(hub)["README.md"] == b"edited by hand"
+    assert call(push.main, run, "org/net", "--overwrite").returncode == 0
+    assert on_hub(hub)["README.md"] == b"second card"
+    assert on_hub(hub)["report/mine.png"] == b"mine"
+    (run / "hub" / "README.md").write_text("third card")  # what a push left may be replaced
+    assert call(push.main, run, "org/net").returncode == 0
+
+
+def test_without_a_network_by_choice_it_says_so(hub, run, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    done = call(push.main, run, "org/net")
+    assert (done.returncode, done.stderr.count("\n"), "HF_HUB_OFFLINE is set" in done.stderr) == (1, 1, True)
+
+
+def test_a_cards_code_loads_the_branch_that_it_is_on(hub, run):
+    (run / "hub" / "README.md").write_text('"hf-hub:ORG/NAME" from_pretrained("ORG/NAME")')
+    call(push.main, run, "org/net")
+    hf_api.HfApi().create_branch("org/net", branch="dev")
+    assert call(push.main, run, "org/net", "--revision", "dev").returncode == 0
+    assert on_hub(hub, "dev")["README.md"] == b'"hf-hub:org/net@dev" from_pretrained("org/net", revision="dev")'
 
 
 def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(hub, run):
@@ -277,6 +323,9 @@ def test_a_card_that_the_hub_refuses_is_told_its_reason(hub, run):
     ("spoil", "said"),
     [
         (lambda run: (run / "hub" / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda run: (run / "hub" / "model.safetensors").write_bytes(b"junk"), "is no safetensors file"),
+        (lambda run: (run / "hub").rename(run / "elsewhere") and link(run), "is a link"),
+        (lambda run: shutil.copytree(run / "hub", run / "seed_0" / "sslpp" / "hub"), "seed_0/sslpp"),
         (lambda run: (run / "hub" / "README.md").unlink(), "has no README.md"),
         (lambda run: (run / "hub" / "config.json").write_text("{}"), "names no architecture"),
         (lambda run: (run / "hub" / "config.json").write_text("3"), "names no architecture"),

@@ -7,25 +7,36 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from . import contrast, proxies, report
+from . import proxies, report, verdict
 from .command import short_name
 from .recipe import Recipe, to_yaml
 
-INDEXED = (*report.TITLES, "clusters")  # protocols whose records the model-index has
+INDEXED = ("linear", "knn")  # protocols whose pooled figures the model-index has, for a leaderboard to compare
 REPOSITORY = "ORG/NAME"  # stands in the card for the repository, which push fills in
 TAGS = ["timm", "transformers", "image-feature-extraction", "self-supervised-learning", "sslpp"]
 
 
-def page(folder: Path, name: str, records: report.Records, compared: report.Records, recipe: Recipe, arm: str) -> str:
+def page(
+    folder: Path,
+    name: str,
+    records: report.Records,
+    compared: report.Records,
+    recipe: Recipe,
+    arm: str,
+    images: tuple[int, int] | None = None,
+    shipped: bool = False,
+) -> str:
     """The whole card.
 
     Args:
-        folder: where it is to stand, with figures in report/.
+        folder: where it is to stand, with figures in report/, recipe.yaml and records.jsonl.
         name: of the model.
         records: of the run.
         compared: of the comparison that the run is an arm of; none without one.
         recipe: that made the model.
         arm: what the last backbone of the run is called in the records.
+        images: how many it was trained on, and how many were held out.
+        shipped: it is a backbone of the package.
     """
     bad = report.worse(records, arm, recipe.relearn.export)
     own, made = arm, recipe
@@ -37,9 +48,10 @@ def page(folder: Path, name: str, records: report.Records, compared: report.Reco
         f"# {report.plain(name)}",
         recipe.card.about,
         bad,
-        what(made, records, own),
         "## Use it",
-        usage(recipe.data.size),
+        usage(name.split(".")[0] if shipped else f"hf-hub:{REPOSITORY}", recipe.data.size, shipped),
+        "## What it is",
+        what(made, records, own, images),
         "## What was measured",
         protocols(recipe),
         report.gain(records, arm),
@@ -48,8 +60,8 @@ def page(folder: Path, name: str, records: report.Records, compared: report.Reco
         *(f"![{caption}](report/{name}.png)\n\n*{caption}.*" for name, caption in shown.items()),
         "## Limits",
         limits(recipe),
-        "## Recipe",
-        f"With `--data.path` and `--run` of your own it runs as it is:\n\n{report.fenced(portable(recipe), 'yaml')}",
+        "## Made by",
+        MADE_BY,
         CITATION,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -65,7 +77,12 @@ def portable(recipe: Recipe) -> str:
 
 
 def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
-    """YAML of the card's head, the model's records by stage and of its clusters in its model-index."""
+    """YAML of the card's head, with the probes of the model's pooled features on the test split in its model-index."""
+    indexed = [
+        row
+        for row in records
+        if (row["stage"], row["split"], row["metric"]) == ("pooled", "test", "top1") and row["protocol"] in INDEXED
+    ]
     return str(
         ModelCardData(
             model_name=name,
@@ -74,7 +91,7 @@ def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
             datasets=[recipe.card.dataset] if recipe.card.dataset else None,
             pipeline_tag="image-feature-extraction",
             tags=TAGS,
-            eval_results=[result(r, recipe.card.dataset) for r in records if r["protocol"] in INDEXED] or None,
+            eval_results=[result(row, recipe.card.dataset) for row in indexed] or None,
         )
     )
 
@@ -82,29 +99,41 @@ def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
 def result(record: dict[str, Any], dataset: str | None) -> EvalResult:
     """A record as huggingface_hub knows it; its protocol, layer and settings are arguments of the metric."""
     source, _, fingerprint = record["data"].rpartition("@")
-    layer = record["stage"] if record["stage"] == "pooled" else f"stage {record['stage']}"
     told = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if key == "k")
-    classifies = record["metric"] == "top1"
     return EvalResult(
-        task_type="image-classification" if classifies else "image-feature-extraction",
+        task_type="image-classification",
         dataset_type=dataset or source,
         dataset_name=source,
         dataset_split=record["split"],
         dataset_args={"fingerprint": fingerprint},
-        metric_type="accuracy" if classifies else record["metric"],
-        metric_name=", ".join(filter(None, (record["protocol"], layer, told))),
+        metric_type="accuracy",
+        metric_name=", ".join(filter(None, (record["protocol"], str(record["stage"]), told))),
         metric_value=record["value"],
         metric_args={name: record[name] for name in ("protocol", "stage", "seed", "settings")},
     )
 
 
-def what(recipe: Recipe, records: report.Records, arm: str) -> str:
-    """What the model is, and what it was trained on."""
+def stages_of(records: report.Records) -> int:
+    """How many stages the records tell of."""
+    return 1 + max((r["stage"] for r in records if isinstance(r["stage"], int)), default=-1)
+
+
+def in_words(args: dict[str, Any]) -> str:
+    """Keywords of a network as people read them."""
+
+    def word(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+    return "; ".join(f"{key.replace('_', ' ')} {word(value)}" for key, value in args.items()) or "as timm has it"
+
+
+def what(recipe: Recipe, records: report.Records, arm: str, counted: tuple[int, int] | None = None) -> str:
+    """What the model is, and what it was trained on; `counted`, images trained on and held out."""
     images = report.plain(recipe.card.dataset or recipe.data.called)
-    if recipe.data.limit:
-        images = f"{recipe.data.limit:,} images of {images}, {recipe.data.held_out:.0%} of them held out"
+    if counted:
+        images = f"{counted[0]:,} images of {images}; {counted[1]:,} more were held out"
     relearn, name = recipe.relearn, report.plain(short_name(recipe.model.name))
-    args = report.plain(str(recipe.model.args)) if recipe.model.args else "as timm has it"
+    args, count = report.plain(in_words(recipe.model.args)), stages_of(records)
     seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
     origin = f"the weights of {name}, whatever these were trained on" if recipe.model.pretrained else "random weights"
     steps = [f"from {origin}"]
@@ -112,7 +141,9 @@ def what(recipe: Recipe, records: report.Records, arm: str) -> str:
         steps.append(f"by the proxy task {recipe.proxy.name}, without labels")
     if relearn.rounds:
         labels = "the true labels" if recipe.clusters.source == "labels" else "clusters of features, without labels"
-        last = "a stage that was chosen without labels" if relearn.split == "auto" else f"stage {relearn.split}"
+        last = "a stage that was chosen without labels"
+        if relearn.split != "auto":
+            last = f"stage {relearn.split % count} of 0 to {count - 1}" if count else f"stage {relearn.split}"
         kept = {
             "high": f"keeping the low layers (up to {last}) and re-initialising the high ones",
             "all": "re-initialising every layer",
@@ -121,36 +152,33 @@ def what(recipe: Recipe, records: report.Records, arm: str) -> str:
         steps.append(
             f"then from {labels} (k = {', '.join(map(str, recipe.clusters.k))}; rounds {relearn.rounds}), {kept}"
         )
-    return f"""A {name} backbone ({args}) without a head, for images of
-{recipe.data.size} px. It was trained on {images}: {", ".join(steps)}. In all it has seen {seen} views of images.
+    return f"""A {name} backbone ({args}) without a head, for images of {recipe.data.size} px.
+It was trained on {images}. It comes {", ".join(steps)}. In all it has seen {seen} views of images.
 
 The method is SSL++ (Chen et al., IEEE TIP 2022, [doi:10.1109/TIP.2021.3135470](https://doi.org/10.1109/TIP.2021.3135470);
 our reading of the abstract): the low layers of a self-supervised network are generic, its high ones are not, so these
 are learned anew, from clusters of the network's own features."""
 
 
-def usage(size: int) -> str:
+def usage(model: str, size: int, shipped: bool) -> str:
     """How to load it, for one image, for feature maps, and to go on training."""
-    return f"""Features of one image, with the transform that the model expects; plain timm loads it, no code of ours is
-needed:
+    code, install = report.usage(model, size), "plain timm loads it, no code of ours is needed (`pip install timm`)"
+    also = f'\n\n`transformers.AutoModel.from_pretrained("{REPOSITORY}")` loads it as well.'
+    if shipped:
+        install, also = "the project's package has it (`pip install .` in a clone)", ""
+        code = code.replace("import timm, torch", "import timm, torch, sslpp_models")
+    return f"""Features of one image, with the transform that the model expects; {install}:
 
 ```python
-{report.usage(f"hf-hub:{REPOSITORY}", size)}
+{code}
+maps = timm.create_model("{model}", pretrained=True, features_only=True)  # one map for each stage
 ```
 
-Feature maps for detection or segmentation, one for each stage:
-
-```python
-maps = timm.create_model("hf-hub:{REPOSITORY}", pretrained=True, features_only=True)
-```
-
-`num_classes=10` adds a new head to train on labels of your own; with a clone of the project, one command does it:
+`num_classes=10` adds a new head. With a clone of the project, one command trains it on labels of your own:
 
 ```bash
-accelerate launch -m training.finetune hf-hub:{REPOSITORY} --data.path DATA
-```
-
-`transformers.AutoModel.from_pretrained("{REPOSITORY}")` loads it as well."""
+python -m training.finetune {model} --data.path DATA
+```{also}"""
 
 
 def protocols(recipe: Recipe) -> str:
@@ -170,15 +198,9 @@ from."""
 
 
 def comparison(records: report.Records) -> list[str]:
-    """The model beside its controls; nothing where there are none."""
-    if not records:
-        return []
-    seeds = contrast.arms_and_seeds(contrast.final(records))[1]
-    words = f"""### Beside its controls
-
-Seeds {", ".join(map(str, seeds))}. Differences are sslpp minus the arm; one counts only if its 95 % t interval excludes
-0."""
-    return [words, *map(report.as_markdown, contrast.tables(records))]
+    """The model beside its controls, in words; nothing where there are none."""
+    told = verdict.verdict(records) if records else []
+    return ["### Beside its controls", "\n".join(f"- {line}" for line in told)] if told else []
 
 
 def limits(recipe: Recipe) -> str:
@@ -192,6 +214,10 @@ def limits(recipe: Recipe) -> str:
 - Split, schedule, number of clusters and labelling are this project's choices, not the paper's.
 - {licence}"""
 
+
+MADE_BY = """SSL++ for timm (the package `sslpp-models`; `pip install -e '.[training]'` in a clone installs it), from
+[recipe.yaml](recipe.yaml): `python -m training --config recipe.yaml --data.path DATA --run NAME` makes it again.
+[records.jsonl](records.jsonl) has every figure, with its protocol, settings, budget and versions."""
 
 CITATION = """## Citation
 

@@ -9,7 +9,7 @@ import torch
 from . import backbone as B
 from . import card, report
 from .extraction import plain_batch
-from .files import Failed, whole_folder, write_text
+from .files import Failed, whole_folder, write_lines, write_text
 from .images import Images
 from .recipe import Recipe
 from .records import read
@@ -50,8 +50,11 @@ def export(
             shutil.copytree(folder / "report", beside / "report")
         if comparison and (comparison / "report" / "differences.png").exists():
             shutil.copy(comparison / "report" / "differences.png", beside / "report" / "arms.png")
+        write_lines(beside / "records.jsonl", records)
+        write_text(beside / "recipe.yaml", card.portable(recipe))
         compared = read(comparison / "records.jsonl") if comparison else []
-        write_text(beside / "README.md", card.page(beside, (comparison or folder).name, records, compared, recipe, arm))
+        counts, name = (len(images.train), len(images.val)), (comparison or folder).name
+        write_text(beside / "README.md", card.page(beside, name, records, compared, recipe, arm, counts))
     check(hub, source, images)
     return hub
 

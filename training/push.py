@@ -1,25 +1,32 @@
 """python -m training.push runs/NAME ORG/NAME: publish a run's hub/ folder on the Hugging Face Hub, in one commit."""
 
 import hashlib
+import json
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 from .card import REPOSITORY
 from .command import Parser, guarded
 from .files import Failed, Refused, read_json, sha256_file
 
 NEEDED = ("config.json", "model.safetensors", "README.md")
+BESIDE = ("recipe.yaml", "records.jsonl")  # what the card links
+SENT = ".sent.json"  # in the repository: what the last push put there, [git's sha1, sha256] by name
 MADE = ("hub", "best")  # what a run, and a fine-tuning, leave to publish
 TITLE = "SSL++ backbone"
 Files = dict[str, Path | bytes]
@@ -36,13 +43,13 @@ def command() -> Parser:
     parser.add_argument("--private", action="store_true", help="Make the repository private.")
     parser.add_argument("--revision", help="Branch to push to; main without it. It must be there.")
     parser.add_argument("--create-pr", action="store_true", help="Open a pull request instead of pushing.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what others changed in the repository.")
     parser.add_argument("--dry-run", action="store_true", help="Show what would be sent, and send nothing.")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
     given = command().read(arguments)
-    files = collect(Path(given.run), given.repo)
     try:
         validate_repo_id(given.repo)
     except HFValidationError as error:
@@ -51,24 +58,29 @@ def main(arguments: Sequence[str]) -> None:
         raise Refused(f"{given.repo!r} is no name of a repository: it needs an owner, ORG/NAME.")
     if given.create_pr and given.revision not in (None, "main"):
         raise Refused("--create-pr goes to main; leave --revision out.")
+    if given.create_pr and given.private:
+        raise Refused("--create-pr proposes files to a repository that is there; --private is for a new one.")
+    files = collect(Path(given.run), given.repo, None if given.revision == "main" else given.revision)
     if given.dry_run:
         for name, file in files.items():
             size = len(file) if isinstance(file, bytes) else file.stat().st_size
             print(f"{size:>12,} bytes  {name}")
         print(f"{len(files)} files would be sent to {given.repo}" + (f"@{given.revision}" if given.revision else ""))
         return
-    print(push(files, given.repo, given.private, given.revision, given.create_pr))
+    print(push(files, given.repo, given.private, given.revision, given.create_pr, given.overwrite))
 
 
-def collect(run: Path, repo: str) -> Files:
+def collect(run: Path, repo: str, revision: str | None = None) -> Files:
     """The files to publish, by their name in the repository; nothing pickled, nothing else that lies there.
 
-    The card's lines of code name the repository.
+    The card's lines of code name the repository, and the branch.
 
     Raises:
         Refused: the folder is not one that was exported.
     """
     folder = next((run / name for name in MADE if (run / name).is_dir()), run)
+    if runs := sorted(run.glob("seed_*/sslpp/hub")):
+        raise Refused(f"{run} is a comparison; what it made is published by naming {runs[0].parent}.")
     for name in NEEDED:
         if not (folder / name).is_file():
             raise Refused(f"{folder} has no {name}; what training leaves in hub/, and training.finetune in best/, has.")
@@ -77,19 +89,47 @@ def collect(run: Path, repo: str) -> Files:
     except Failed as error:
         text = f"{folder / 'config.json'} names no architecture, so that timm could not load it."
         raise Refused(text) from error
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"{folder / 'model.safetensors'} is no safetensors file: {error}.") from error
+    more = [path for name in BESIDE if (path := folder / name).is_file()]
     pictures = sorted((folder / "report").glob("*.png"))
-    files: Files = {str(path.relative_to(folder)): path for path in (*(folder / name for name in NEEDED), *pictures)}
-    files["README.md"] = (folder / "README.md").read_bytes().replace(REPOSITORY.encode(), repo.encode())
+    told = (*(folder / name for name in NEEDED), *more, *pictures)
+    files: Files = {str(path.relative_to(folder)): path for path in told}
+    if links := [path for path in files.values() if path.is_symlink()]:
+        raise Refused(f"{links[0]} is a link; put the file itself there, so that what is published is what you see.")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    if revision:
+        card = card.replace(f"hf-hub:{REPOSITORY}", f"hf-hub:{REPOSITORY}@{revision}")
+        card = card.replace(f'("{REPOSITORY}")', f'("{REPOSITORY}", revision="{revision}")')
+    files["README.md"] = card.replace(REPOSITORY, repo).encode()
+    files[SENT] = json.dumps({name: [git_sha1(file), sha256(file)] for name, file in files.items()}, indent=1).encode()
     return files
 
 
-def push(files: Files, repo: str, private: bool, revision: str | None, create_pr: bool) -> str:
+def changed_by_others(api: HfApi, repo: str, revision: str | None, names: Collection[str]) -> list[str]:
+    """Which of the files of a repository are not as the last push left them."""
+    if not names:
+        return []
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            ours = read_json(Path(api.hf_hub_download(repo, SENT, revision=revision, cache_dir=scratch)))
+        except EntryNotFoundError:
+            ours = {}
+    there = api.get_paths_info(repo, list(names), revision=revision)
+    return [f.path for f in there if (f.lfs.sha256 if f.lfs else f.blob_id) not in ours.get(f.path, ())]
+
+
+def push(files: Files, repo: str, private: bool, revision: str | None, create_pr: bool, overwrite: bool = False) -> str:
     """Send files in one commit; what to tell the user.
 
     A push that finds everything there already sends nothing, so that doing it again after any failure ends well.
 
     Raises:
         Failed: in one sentence, without the token.
+        Refused: it would replace what others put there.
     """
     api, made = HfApi(), False
     try:
@@ -108,7 +148,14 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
         if same(api, repo, revision, files):
             return f"{repo} has these files already; nothing was sent."
         there = {s.rfilename for s in api.model_info(repo, revision=revision).siblings or []}
-        stale = [f for f in there if f.startswith("report/") and f not in files]
+        foreign = changed_by_others(api, repo, revision, (there & files.keys()) - {SENT})
+        if foreign and not (overwrite or create_pr):
+            raise Refused(
+                f"{repo} has {', '.join(foreign)} from somebody else, or changed since the last push; --overwrite "
+                "replaces that, --create-pr proposes these files instead. Nothing was sent."
+            )
+        pictures = [f for f in there if f.startswith("report/") and f not in files]
+        stale = sorted(set(pictures) - set(changed_by_others(api, repo, revision, pictures)))
         operations = [CommitOperationAdd(f, path) for f, path in files.items()]
         operations += [CommitOperationDelete(f) for f in stale]
         if create_pr and (found := open_request(api, repo, files)):
@@ -173,7 +220,9 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     """One sentence for what a client raised, without the token."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     again = "Nothing was published; the same command tries again."
-    if isinstance(error, LocalTokenNotFoundError):
+    if isinstance(error, OfflineModeIsEnabled):
+        text = "HF_HUB_OFFLINE is set, so that nothing can be sent; unset it."
+    elif isinstance(error, LocalTokenNotFoundError):
         text = "There is no token of the Hub; run `hf auth login`, or set HF_TOKEN."
     elif isinstance(error, RevisionNotFoundError):
         text = f"{repo} has no branch {revision!r}; make it first, or leave --revision out."

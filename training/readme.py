@@ -99,7 +99,9 @@ def shipped_card(folder: Path) -> str:
     """The card of a backbone that the package ships, from its recipe folder; push fills the repository in."""
     made = parse(["--config", str(folder / "recipe.yaml"), "--data.path", "DATA"])
     own, compared = (records.read(at / "records.jsonl") for at in (folder, folder.with_name(f"{folder.name}_20k")))
-    return card.page(folder, folder.name, own, compared, made, "sslpp")
+    counted = {r["split"]: r["settings"]["n"] for r in own if r["protocol"] == "rankme"}
+    fitted = next(r["settings"]["n"] for r in own if r["protocol"] == "linear")  # all training images
+    return card.page(folder, folder.name, own, compared, made, "sslpp", (fitted, counted["val"]), shipped=True)
 
 
 if __name__ == "__main__":

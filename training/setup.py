@@ -203,7 +203,8 @@ def load_transfer(paths: list[str], data: Data, own: Splits, context: Context) -
     found: dict[str, Splits] = {}
     taken = resident(own)
     for path in paths:
-        other = Data(path=path, size=like.size, white=data.white, split_seed=data.split_seed, memory_gb=data.memory_gb)
+        told = {"size": own[0].size, "white": data.white, "split_seed": data.split_seed, "memory_gb": data.memory_gb}
+        other = Data(path=path, **told)
         name = other.called if other.called not in found else path
         splits = load_splits(other, context, apart=Path("transfer") / re.sub(r"\W+", "_", path), taken=taken)
         taken += resident(splits)
