@@ -60,7 +60,12 @@ default_cfgs = generate_default_cfgs(
                 "classifier": "fc",
             },
             "sslpp_resnet18_s32.rotation_c10": {**_CIFAR10, "first_conv": "conv1", "classifier": "fc"},
-            "sslpp_convnext_atto_s32.rotation_c10": {**_CIFAR10, "first_conv": "stem.0", "classifier": "head.fc"},
+            "sslpp_convnext_atto_s64.simclr_c10": {
+                **_CIFAR10,
+                "input_size": (3, 64, 64),
+                "first_conv": "stem.0",
+                "classifier": "head.fc",
+            },
         }.items()
     }
 )
@@ -87,11 +92,10 @@ def sslpp_resnet10t_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 @register_model
-def sslpp_convnext_atto_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ConvNeXt-Atto with patches of 2 x 2 px, 3 x 3 kernels, batch norm and narrower stages; 1.9 M parameters."""
-    args = {"patch_size": 2, "dims": (32, 64, 128, 256), "depths": (2, 2, 4, 2), "output_stride": 16}
-    args |= {"kernel_sizes": 3, "conv_mlp": True, "norm_layer": "batchnorm2d"}
-    return _create("sslpp_convnext_atto_s32", "convnext_atto", args, pretrained, **kwargs)
+def sslpp_convnext_atto_s64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ConvNeXt-Atto with 3 x 3 kernels and batch norm, for small images enlarged to 64 px; 3.3 M parameters."""
+    args = {"patch_size": 4, "kernel_sizes": 3, "conv_mlp": True, "norm_layer": "batchnorm2d"}
+    return _create("sslpp_convnext_atto_s64", "convnext_atto", args, pretrained, **kwargs)
 
 
 def _create(
