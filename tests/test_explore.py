@@ -120,6 +120,13 @@ def test_a_features_file_makes_a_page_and_so_does_some_of_it(run, pictures, tmp_
     assert "before relearning" not in out.read_text()
 
 
+def test_of_a_features_file_of_every_split_the_training_split_is_shown(pictures, tmp_path):
+    loaded, places = explore.some(recipe.Data(str(pictures), size=16), 100, tmp_path)
+    paths, split = ["other.png", *loaded.paths], ["test"] + ["train"] * len(loaded)
+    pq.write_table(pa.table({"path": paths, "split": split}), tmp_path / "every.parquet")
+    assert explore.rows_of(tmp_path / "every.parquet", loaded, places)["path"].to_pylist() == loaded.paths
+
+
 @pytest.mark.parametrize(
     ("source", "options", "named"),
     [
