@@ -109,7 +109,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(context, tmp_pa
     with pytest.raises(Interrupted):
         run(task, context, optimizer="adamw", lr=0.01)
     context.stop.number = None
-    assert [path.name for path in context.checkpoints._found("proxy_0")] == ["proxy_0_00000007"]
+    assert [path.name for path in context.checkpoints.found("proxy_0")] == ["proxy_0_00000007"]
     resumed = run(make(), context, optimizer="adamw", lr=0.01)
     assert same(whole, resumed)
     again = read_lines(context.folder / "metrics.jsonl")
@@ -197,7 +197,7 @@ def test_weights_that_are_not_finite_are_never_saved(context):
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(context):
     context.checkpoint_every = 3
     run(make(), context)
-    found = context.checkpoints._found("proxy_0")
+    found = context.checkpoints.found("proxy_0")
     assert [path.name for path in found] == ["proxy_0_00000009", "proxy_0_00000012"]
     state = found[1] / "state.safetensors"
     content = bytearray(state.read_bytes())
