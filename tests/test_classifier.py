@@ -166,7 +166,7 @@ def test_it_is_published_with_a_card_of_its_own(name, tuned, hub):
     done = call(push.main, folder, "org/net")
     assert done.returncode == 0, done.stderr
     kept = name or "best"
-    sent = {f for f in hub.files("org/net", "main") if f != ".gitattributes"}
+    sent = {f for f in hub.files("org/net", "main") if f not in (".gitattributes", push.SENT)}
     pictures = {"report/classes.png", "report/confusion.png"} if kept == "best" else set()
     assert sent == {"config.json", "model.safetensors", "README.md", *pictures}
     card = ModelCard(hub.files("org/net", "main")["README.md"].decode())
