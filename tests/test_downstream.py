@@ -48,7 +48,8 @@ def test_a_unet_over_it_starts_from_its_weights_and_learns(name, depth):
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_train_a_little_of_it(name):
     network = timm.create_model(name, pretrained=True, num_classes=3)
-    layers = [key for key, part in network.named_modules() if isinstance(part, torch.nn.Conv2d)][1:]
+    convolutions = {key: part for key, part in network.named_modules() if isinstance(part, torch.nn.Conv2d)}
+    layers = [key for key, part in convolutions.items() if part.groups == 1][1:]  # peft takes no depthwise ones
     head = network.pretrained_cfg["classifier"]
     adapted = peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=layers, modules_to_save=[head]))
     trained, whole = adapted.get_nb_trainable_parameters()

@@ -102,10 +102,11 @@ def test_its_cfg_tells_the_network_as_timm_tests_its_own(name):
     assert f"{cfg['classifier']}.weight" in state
     assert f"{cfg['classifier']}.weight" not in network.state_dict()
     assert f"{cfg['first_conv']}.weight" in state
+    larger = 2 * cfg["input_size"][-1]
     pooled, changed = timm.layers.apply_test_time_pool(
-        timm.create_model(name, num_classes=10), {"input_size": (3, 64, 64)}
+        timm.create_model(name, num_classes=10), {"input_size": (3, larger, larger)}
     )
-    assert (changed, pooled.eval()(images(name, 64)).shape) == (True, (2, 10))
+    assert (changed, pooled.eval()(images(name, larger)).shape) == (True, (2, 10))
 
 
 @pytest.mark.parametrize("name", PACKAGED)
