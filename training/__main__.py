@@ -17,11 +17,13 @@ def main(arguments: Sequence[str]) -> None:
         compare.main(["--config", str(QUICKSTART)], arms=arms, seeds=[3, 4, 5, 6, 7], grid=[1.0])
         return
     from .command import parse
+
+    recipe = parse(arguments)  # before the imports, which --help and a mistyped field need not wait for
     from .launch import StopSignals
     from .run import run
 
     with StopSignals() as stop:
-        run(parse(arguments), stop)
+        run(recipe, stop)
 
 
 if __name__ == "__main__":

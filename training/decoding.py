@@ -79,8 +79,9 @@ def decode_all(
 
     def keep(position: int, picture: np.ndarray) -> None:
         shape[position] = (*picture.shape[1:], store.add(picture))
-        scaled = picture.reshape(3, -1) / 255.0
-        moments[position] = [*scaled.mean(1), *(scaled**2).mean(1)]
+        values = picture.reshape(3, -1).astype(np.float64)
+        moments[position, :3] = values.sum(1) / (255 * values.shape[1])
+        moments[position, 3:] = np.einsum("cp,cp->c", values, values) / (255**2 * values.shape[1])
 
     seen, paths, reasons = hashlib.sha256(), [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():

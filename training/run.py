@@ -45,8 +45,8 @@ def run(
 ) -> Path:
     """Do everything of a recipe that is not done yet.
 
-    By itself, a run is measured at its start and after each phase, and has a report and hub/. An arm of a comparison,
-    which has `shared`, is measured at its end alone.
+    By itself, a run is measured after each phase, the untrained network last, and has a report and hub/. An arm of a
+    comparison, which has `shared`, is measured at its end alone.
 
     Args:
         recipe: what to do.
@@ -60,8 +60,6 @@ def run(
         The run folder.
     """
     this = prepare(recipe, stop, arm, shared, read)
-    if shared is None:
-        measure(this, "random", [])
     folders = [phase_proxy(this)]
     if shared is None:
         measure(this, "proxy_short", folders)
@@ -71,6 +69,7 @@ def run(
         if shared is None:
             measure(this, arm, folders)
     if shared is None:
+        measure(this, "random", [])
         finish(this, folders, comparison)
     else:
         measure(this, arm, folders)

@@ -348,7 +348,8 @@ def _announce(run: Run, network: nn.Module) -> None:
         if s.epochs
     )
     rows = min(s.batch_size // (processes * s.accumulate) for s in schedules if s.epochs) if views else 64
-    seconds = views * _seconds_of_a_view(run, run.on_device(network).train(), min(64, rows)) / processes
+    rows = min(rows, 16 if run.accelerator.device.type == "cpu" else 64)  # a GPU is not busy with fewer
+    seconds = views * _seconds_of_a_view(run, run.on_device(network).train(), rows) / processes
     weights = sum(p.nbytes for p in network.parameters())
     # proxy, rounds and hub hold the weights once; two checkpoints hold weights and momentum, perhaps an average.
     disk = weights * (2 + recipe.relearn.rounds + 2 * 3) + (run.train.pixels.nbytes if processes > 1 else 0)
