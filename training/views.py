@@ -173,8 +173,8 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
     """Crop each image to its box and bring it to `size` by antialiased bilinear interpolation, then flip some.
 
-    Interpolation is linear in the image and separable: for many images, a small matrix for the rows of each and one for
-    the columns; for a single one, torch's own.
+    Interpolation is linear in the image and separable: for boxes that differ, a small matrix for the rows of each image
+    and one for the columns; for one box, torch's own.
 
     Args:
         images: [B, 3, H, W], uint8 or float32 in [0, 1].
@@ -186,9 +186,10 @@ def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = N
     (top, left), (bottom, right) = first.tolist(), last.tolist()
     images = images[:, :, top:bottom, left:right]  # what no box holds is not computed with
     images = as_float(images) if images.dtype == torch.uint8 else images
-    if len(images) == 1:
+    if bool((box == box[0]).all()):
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp_(0, 1)
-        return images.flip(3) if flip is not None and bool(flip) else images
+        _change(images, torch.zeros(1) if flip is None else flip, lambda part, _: part.flip(3))
+        return images
     start, length = (x.to(images.device, non_blocking=True) for x in (box[:, :2] - first, box[:, 2:]))
     down = _interpolation(start[:, 0], length[:, 0], bottom - top, size)
     across = _interpolation(start[:, 1], length[:, 1], right - left, size)

@@ -100,14 +100,17 @@ def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context:
             "val": settings.residue_images // 2,
             "test": settings.residue_images // 2,
         }
-        turned = {
-            name: [features(images, images.sample(indices, share[name]), view) for view in over.residue]
-            for name, (images, indices) in parts.items()
-        }
+        turned = {}
+        for name, (images, indices) in parts.items():
+            some = images.sample(indices, share[name])
+            plain = taken(found[name], indices, some)  # the first view changes nothing
+            turned[name] = [plain, *(features(images, some, view) for view in over.residue[1:])]
         if context.main:
             records += residue_records(turned, settings, device)
-    looked_at = train.sample(train.val, label_free.IMAGES)
-    three = [features(train, looked_at), *(features(train, looked_at, random=(over.views, seed)) for seed in (1, 2))]
+    held = parts["val"][1]
+    some = train.sample(held, label_free.IMAGES)
+    two = (features(train, some, random=(over.views, seed)) for seed in (1, 2))
+    three = [taken(found["val"], held, some), *two]
     if context.main:
         for name in measured(found):
             for stage, rows in found[name].items():
@@ -126,6 +129,12 @@ def twin_of_pooled(found: dict[str, dict[Stage, Tensor]]) -> int | None:
     last = max(stage for stage in rows if stage != "pooled")
     pooled, own = rows["pooled"], rows[last]
     return last if pooled.shape == own.shape and torch.allclose(pooled, own, rtol=1e-4, atol=1e-5) else None
+
+
+def taken(rows: dict[Stage, Tensor], indices: Tensor, some: Tensor) -> dict[Stage, Tensor]:
+    """Features of some of the images whose indices, [n] in order, the rows are of."""
+    place = torch.searchsorted(indices, some)
+    return {stage: values[place] for stage, values in rows.items()}
 
 
 def parts_of(splits: Splits, settings: recipe.Evaluate) -> dict[str, tuple[Images, Tensor]]:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK, CACHED = 2**26, 2**22  # similarities held at once; on a CPU
+
 
 def classify(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, neighbours: list[int], temperature: float
@@ -23,7 +25,8 @@ def classify(
     """
     bank = F.normalize(bank, dim=1)
     found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
-    for part in F.normalize(queries, dim=1).split(max(1, 2**26 // len(bank))):
+    block = CACHED if bank.device.type == "cpu" else BLOCK
+    for part in F.normalize(queries, dim=1).split(max(1, block // len(bank))):
         similar, index = (part @ bank.T).topk(max(neighbours), dim=1)
         # A common factor changes no vote; without it exp would leave float32 at small temperatures.
         votes = ((similar - similar[:, :1]) / temperature).exp()
