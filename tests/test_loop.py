@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.conftest import make_images
 from training import backbone as B
-from training import launch, loop
+from training import batches, launch, loop
 from training.checkpoints import Checkpoints
 from training.files import Failed, Refused, read_lines
 from training.launch import Interrupted, Key
@@ -350,5 +350,29 @@ def test_draws_and_order_are_functions_of_seed_phase_round_and_step():
     keys = [Key(0, "proxy"), Key(1, "proxy"), Key(0, "relearn"), Key(0, "proxy", 1)]
     assert len({key.number("views", 3) for key in keys} | {Key(0, "proxy").number("views", 4)}) == 5
     assert Key(0, "proxy").number("views", 3) == keys[0].number("views", 3)
-    orders = [loop.epoch_order(key, epoch, 50).tolist() for key in keys[:2] for epoch in (0, 1)]
+    orders = [batches.epoch_order(key, epoch, 50).tolist() for key in keys[:2] for epoch in (0, 1)]
     assert len(set(map(tuple, orders))) == 4
+
+
+def test_batches_are_gathered_before_they_are_asked_for_and_are_their_steps_own(context, monkeypatch):
+    images, settings, gathered, real = make_images(), Schedule(batch_size=8, accumulate=2), [], batches._gather
+
+    def spy(*args):
+        gathered.append(args[4:6])
+        return real(*args)
+
+    monkeypatch.setattr(batches, "_gather", spy)
+    given = images, images.train, settings, KEY
+    drawn = batches.ahead(*given, 1, 9, context.accelerator)
+    first = next(drawn)
+    drawn.close()
+    assert torch.equal(first.pixels, loop.draw_batch(*given, 1, 0, context.accelerator).pixels)
+    assert len(gathered) >= 2
+    for (step, part), batch in zip(
+        itertools.product(range(1, 9), range(2)), batches.ahead(*given, 1, 9, context.accelerator), strict=True
+    ):
+        expected = loop.draw_batch(*given, step, part, context.accelerator)
+        assert batch.step == step
+        for name in ("pixels", "labels", "indices", "step_indices", "sizes"):
+            assert torch.equal(getattr(batch, name), getattr(expected, name))
+        assert torch.equal(batch.draws.uniform(3), expected.draws.uniform(3))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from . import backbone as B
+from .batches import ahead, draw_batch
 from .checkpoints import Checkpoints, Earlier
 from .files import Diverged, Failed, Refused, append_line, read_lines, write_lines
 from .images import Images
@@ -31,7 +32,6 @@ from .launch import Interrupted, Key, StopSignals, out_of_memory, seed_all
 from .operations import counting_flops
 from .recipe import Schedule
 from .task import Batch, Task
-from .views import Draws
 
 
 @dataclass
@@ -101,47 +101,6 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-@lru_cache(maxsize=2)
-def epoch_order(key: Key, epoch: int, images: int) -> Tensor:
-    """The order in which an epoch draws its images, [images] int64."""
-    return torch.randperm(images, generator=torch.Generator().manual_seed(key.number("epoch", epoch)))
-
-
-def draw_batch(
-    images: Images,
-    indices: Tensor,
-    schedule: Schedule,
-    key: Key,
-    step: int,
-    part: int,
-    accelerator: Accelerator,
-    rows: int | None = None,
-) -> Batch:
-    """Micro-batch `part` of this process at a step: its rows of the global batch, or only so many of them."""
-    size, epoch_steps = schedule.batch_size, len(indices) // schedule.batch_size
-    epoch, place = divmod(step, epoch_steps)
-    order = epoch_order(key, epoch, len(indices))
-    share = size // (accelerator.num_processes * schedule.accumulate)
-    start = (accelerator.process_index * schedule.accumulate + part) * share
-    rows = min(rows or share, share)
-    whole = indices[order[place * size : (place + 1) * size]]
-    chosen = whole[start : start + rows]
-    device = accelerator.device
-    pixels, sizes = images.pixels.windows(
-        chosen, lambda: Draws(key.number("windows", step), size, start, start + rows).uniform()
-    )
-    return Batch(
-        pixels=pixels.to(device, non_blocking=True),
-        sizes=sizes,
-        indices=chosen,
-        step_indices=whole,
-        labels=images.labels[chosen].to(device, non_blocking=True) if images.labels is not None else None,
-        draws=Draws(key.number("views", step), size, start, start + rows),
-        step=step,
-        total=round(schedule.epochs * epoch_steps),
-    )
 
 
 def count_flops(task: Task, batch: Batch) -> float:
@@ -244,6 +203,7 @@ def train(
     warmup = min(round(schedule.warmup * epoch_steps), (total - begin) // 10)
     log, bar, window = Log(context, key, step), _bar(context, key, step, total), Window(context)
     meter = Meter(context, flops, schedule.batch_size, task.seen)
+    drawn = ahead(images, indices, schedule, key, step, last, accelerator)
     saved_at = step
     context.stop.deferred = True
     try:
@@ -252,10 +212,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             seed_all(key.number("step", step, accelerator.process_index))
-            parts = (
-                draw_batch(images, indices, schedule, key, step, part, accelerator)
-                for part in range(schedule.accumulate)
-            )
+            parts = islice(drawn, schedule.accumulate)
             window.add(take_step(model, optimizer, parts, schedule, accelerator))
             step += 1
             task.after_step(step, total)
@@ -294,6 +251,7 @@ def train(
         raise Failed(text.format(key.phase, rows, *half)) from error
     finally:
         context.stop.deferred = False
+        drawn.close()
         bar.close()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         task.__dict__.pop("_is_accelerate_prepared", None)  # else the next call's prepare() would leave out autocast
