@@ -137,8 +137,8 @@ def prepare(
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     accelerator.init_trackers("sslpp", {})
     if read is None:
-        context.say(needs)
         _announce(run, network)
+        context.say(needs)
     return run
 
 
