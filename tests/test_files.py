@@ -64,6 +64,26 @@ def test_files_are_compared_with_what_a_marker_says_was_written(tmp_path):
         files.check_written(marker)
 
 
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"lr": 2}, "lr: {} was made with 1, now it is 2; choose another"),
+        ({"backbone": "c" * 64}, "backbone: {} was made with other weights before it: the phase before was done again"),
+        ({"images": {"train": "a" * 64, "test": "c" * 64}}, "images: {} was made with other images: files were added"),
+        ({"images": {"train": "a" * 64, "test": "c" * 64}}, "since (test); choose another --run"),
+    ],
+)
+def test_what_a_phase_read_and_what_is_other_now_is_told_in_words(tmp_path, now, said):
+    marker = tmp_path / "proxy.json"
+    read = {"lr": 1, "backbone": "b" * 64, "images": {"train": "a" * 64, "test": "b" * 64}}
+    files.write_json(marker, {"read": read})
+    files.refuse_other(marker, read)
+    with pytest.raises(files.Refused) as error:
+        files.refuse_other(marker, {**read, **now})
+    assert said.format(tmp_path) in str(error.value)
+    assert "cccc" not in str(error.value)
+
+
 def test_a_locked_folder_is_refused_until_its_holder_is_gone(tmp_path):
     held = files.lock_folder(tmp_path)
     with pytest.raises(files.Refused, match="in use by another process"):

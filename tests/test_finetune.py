@@ -328,6 +328,7 @@ def test_a_validation_split_chooses_and_the_test_split_is_measured_once(backbone
         (["--data.label_column", "image"], "no metadata file has a column 'image'"),
         (["--batch_size", "99"], "batch_size: 99 is more than the 38 training images"),
         (["--batch_size", "9", "--mixup", "0.2"], "9 of a micro-batch cannot be paired"),
+        (["--accumulate", "8"], "batch_size: 8 leaves a micro-batch one image"),
         (["--freeze", "9"], "freeze: 9 is not one of the 5 stages"),
         (["--epochs", "0"], "epochs"),
         (["--labels", "0"], "labels"),

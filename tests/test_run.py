@@ -201,12 +201,22 @@ def test_what_cannot_work_is_refused_before_anything_runs(finished, picture_fold
 
 def test_a_refused_request_leaves_nothing_behind(picture_folder, tmp_path):
     folder = tmp_path / "runs" / "mine"
-    done = train(folder, picture_folder, "--proxy.batch_size", "64")
-    assert (done.returncode, "proxy.batch_size: 64 is more than the 38" in done.stderr) == (2, True)
-    assert not (tmp_path / "runs").exists()
+    for field, value, said in (
+        ("proxy.batch_size", 64, "proxy.batch_size: 64 is more than the 38"),
+        ("proxy.accumulate", 8, "proxy.batch_size: 8 leaves a micro-batch one image"),
+        ("relearn.accumulate", 8, "relearn.batch_size: 8 leaves a micro-batch one image"),
+    ):
+        done = train(folder, picture_folder, f"--{field}", value)
+        assert (done.returncode, said in done.stderr) == (2, True)
+        assert not (tmp_path / "runs").exists()
     assert train(folder, picture_folder, "--data.limit", "40", "--relearn.rounds", "0").returncode == 0
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert train(folder, picture_folder, "--data.limit", "41").returncode == 2
+    shutil.copytree(picture_folder, tmp_path / "data")
+    first, second = sorted((tmp_path / "data" / "train").rglob("*.png"))[:2]
+    second.write_bytes(first.read_bytes())
+    done = train(folder, tmp_path / "data", "--data.limit", "40", "--relearn.rounds", "0")
+    assert (done.returncode, "other images (as many, but files were renamed or changed" in done.stderr) == (2, True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
 

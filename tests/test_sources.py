@@ -104,6 +104,29 @@ def test_a_row_that_names_a_file_of_this_machine_is_not_opened(tmp_path):
     assert len(found.all) == 1
 
 
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("label", "'label' holds classes, no images"),
+        ("number", "'number' holds int64, no images"),
+        ("size", "'size' holds "),
+        (None, None),
+        ("file", "no image of split 'train' can be decoded"),
+    ],
+)
+def test_a_column_that_holds_no_images_is_refused(column, said, tmp_path):
+    table(tmp_path / "x.parquet", ["a", "b"], number=[1, 2], size=[[1, 2], [3, 4]], file=["a", "b"])
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train")
+    kinds = rows.features.copy()
+    kinds["label"] = datasets.ClassLabel(names=["a", "b"])
+    rows.cast(kinds).to_parquet(tmp_path / "x.parquet")
+    if said is None:
+        assert len(read(tmp_path / "x.parquet")[0].all) == 2
+    else:
+        with pytest.raises(Refused, match=said):
+            read(tmp_path / "x.parquet", image_column=column)
+
+
 def test_what_datasets_says_is_told_with_its_cause(tmp_path, monkeypatch):
     def failing(*arguments, **options):
         raise ValueError("An error occurred while generating the dataset") from OSError("column 3 is torn")

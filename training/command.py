@@ -129,12 +129,18 @@ def asked(arguments: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: no aliases, with which a short file can hold itself, or more than memory; no key twice."""
+    """Plain YAML, of text: no aliases, with which a file can hold itself, or more than memory; no key twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        made = super().construct_scalar(node)
+        if re.search("[\0\ud800-\udfff]", made):
+            raise yaml.constructor.ConstructorError(None, None, "a character that no text has", node.start_mark)
+        return made
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         made = super().construct_mapping(node, deep)
@@ -167,11 +173,20 @@ def load_recipe(path: Path, kind: type = Recipe, example: str = "proxy: {epochs:
         raise Refused(f"--config: {path} has no fields, such as `{example}`.")
     if unknown := [name for name in fields if name not in {field.name for field in dataclasses.fields(kind)}]:
         raise Refused(f"--config: {path} is no recipe of this command: it has no field {unknown[0]!r}.")
-    groups = {field.name for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.type)}
-    for name, value in fields.items():
-        if name in groups and not isinstance(value, dict):
-            raise Refused(f"--config: {path}: {name} has fields of its own, and {value!r} is none of them.")
+    _check_groups(kind, fields, f"--config: {path}: ")
     return fields
+
+
+def _check_groups(kind: type, fields: dict[str, Any], prefix: str) -> None:
+    """Refuse a value where a dataclass of settings has fields of its own, naming it after `prefix`."""
+    for field in dataclasses.fields(kind):
+        own = dataclasses.is_dataclass(field.type)
+        if field.name not in fields or not (own or field.name == "options"):
+            continue
+        if not isinstance(fields[field.name], dict):
+            raise Refused(f"{prefix}{field.name} has fields of its own, and {fields[field.name]!r} is none of them.")
+        if own:
+            _check_groups(field.type, fields[field.name], f"{prefix}{field.name}.")
 
 
 def parse(arguments: Sequence[str]) -> Recipe:

@@ -189,7 +189,7 @@ def compare(
         counts = A.Counts(len(train.train), len(train.all), seen, other)
         for arm in arms:
             try:
-                setup.refuse(A.build(arm, recipe, counts), train, network, accelerator.num_processes)
+                setup.refuse(A.build(arm, recipe, counts), train, network, accelerator)
             except Refused as error:
                 raise Refused(f"arm {arm}: {error}") from error
         needs = peaks.check(recipe, read[0], network, accelerator)

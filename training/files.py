@@ -265,6 +265,34 @@ def check_written(marker: Path) -> None:
             )
 
 
+# What a phase reads beside fields, known by its sha256.
+INPUTS = {
+    "images": "images: files were added, removed, renamed or changed since",
+    "backbone": "weights before it: the phase before was done again since",
+    "labels": "labels: classes, or those of images, changed since",
+    "weights": "weights to start from",
+    "targets": "labels to learn, or other images held out",
+}
+
+
+def refuse_other(marker: Path, read: dict[str, Any]) -> None:
+    """Refuse a phase that was finished from other fields or inputs.
+
+    Raises:
+        Refused: naming the first that differs.
+    """
+    before = read_json(marker, "read")["read"]
+    for name, value in read.items():
+        if before.get(name) == value:
+            continue
+        told = f"was made with {before.get(name)}, now it is {value}"
+        if name in INPUTS:
+            told = f"was made with other {INPUTS[name]}"
+            if isinstance(value, dict) and isinstance(before.get(name), dict):
+                told += f" ({', '.join(key for key in value if before[name].get(key) != value[key])})"
+        raise Refused(f"{name}: {marker.parent} {told}; choose another --run, or remove that folder to do it again.")
+
+
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 

@@ -1,5 +1,6 @@
 """python -m training.finetune MODEL --data.path DATA: a backbone and labels in, a classifier that timm loads out."""
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -24,14 +25,25 @@ from .command import (
     named_folder,
     short_name,
 )
-from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, sha256_json, write_json, write_text
+from .files import (
+    Refused,
+    lock_folder,
+    nothing_left,
+    read_json,
+    refuse_files,
+    refuse_other,
+    sha256_json,
+    write_json,
+    write_text,
+)
 from .images import Images, write_bad
 from .keeper import Keeper
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
 from .operations import suited
 from .recipe import flatten, to_yaml
-from .setup import check_fits, check_split, refuse_other
+from .setup import check_fits, check_split
+from .task import ViewTask, check_norms
 
 # A classifier's head stands on the backbone itself; the model says the size.
 UNUSED = ("mlp_layers", "mlp_dim", "data.size")
@@ -141,9 +153,13 @@ def check(settings: Finetune, network: nn.Module, images: Images, count: int, pr
     rows = settings.batch_size // (processes * settings.accumulate)
     if (settings.mixup or settings.cutmix) and rows % 2:
         raise Refused(f"batch_size: mixup and cutmix pair images, and {rows} of a micro-batch cannot be paired.")
-    if settings.freeze is None:
-        return set()
-    return B.low_names(network, B.resolve_stage(network, settings.freeze, "freeze"), images.size)
+    frozen: set[str] = set()
+    if settings.freeze is not None:
+        frozen = B.low_names(network, B.resolve_stage(network, settings.freeze, "freeze"), images.size)
+    task = ViewTask(copy.deepcopy(network), settings, images)
+    task.hold(frozen)
+    check_norms(settings, processes, lambda: task.train().network(torch.zeros(1, 3, images.size, images.size)))
+    return frozen
 
 
 def reads(

@@ -19,6 +19,7 @@ from .files import (
     check_written,
     read_json,
     read_lines,
+    refuse_other,
     sha256_file,
     sha256_json,
     whole_file,
@@ -31,7 +32,7 @@ from .launch import StopSignals, seed_all
 from .loop import steps_of, train
 from .recipe import READS, Recipe, Schedule, phase_fields
 from .relearn import relearn
-from .setup import Read, Run, prepare, refuse_other
+from .setup import Read, Run, prepare
 from .task import ViewTask
 
 

@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from accelerate import Accelerator
@@ -16,14 +16,15 @@ from torch import nn
 from . import backbone as B
 from . import clusters, images, longer, peaks, proxies, records, relearn, report
 from .extraction import plain_batch
-from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, write_json, write_text
+from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, refuse_other, write_json, write_text
 from .folders import escape
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
-from .loop import Context, steps_of
+from .loop import Context, draw_batch, steps_of
 from .memory import bound
 from .operations import dead_taps, suited
 from .recipe import READS, Data, Proxy, Recipe, Schedule, phase_fields, to_yaml
+from .task import BackboneTask, check_norms
 
 Splits = tuple[Images, Images | None]
 Read = tuple[Splits, dict[str, Splits]]  # the images, and other data sets by name
@@ -128,7 +129,7 @@ def prepare(
     with nothing_left(folder):
         lock = lock_folder(folder) if context.main else None
         (train, test), transfer = read or load_images(recipe, network, context)
-        refuse(recipe, train, network, accelerator.num_processes)
+        refuse(recipe, train, network, accelerator)
         needs = peaks.check(recipe, (train, test), network, accelerator) if read is None else ""
         if context.main:
             _remember(recipe, folder, train, test)
@@ -140,21 +141,6 @@ def prepare(
         _announce(run, network)
         context.say(needs)
     return run
-
-
-def refuse_other(marker: Path, read: dict[str, Any]) -> None:
-    """Refuse a phase that was finished from other fields or inputs.
-
-    Raises:
-        Refused: naming the first that differs.
-    """
-    before = read_json(marker, "read")["read"]
-    for name, value in read.items():
-        if before.get(name) != value:
-            raise Refused(
-                f"{name}: {marker.parent} was made with {before.get(name)}, now it is {value}; choose another --run, "
-                "or remove that folder to do it again."
-            )
 
 
 def run_precision(recipe: Recipe, network: nn.Module, other: Proxy | None = None) -> str:
@@ -265,29 +251,39 @@ def _remember(recipe: Recipe, folder: Path, train: Images, test: Images | None) 
         before = read_json(path, *fixed)
         for name in fixed:
             if before[name] != told[name]:
-                raise Refused(
-                    f"{folder} holds a run over other images (data.json has {name} = {before[name]}, now it is "
-                    f"{told[name]}); choose another --run."
-                )
+                what = f"data.json has {name} = {before[name]}, now it is {told[name]}"
+                if name == "fingerprint":
+                    what = "as many, but files were renamed or changed, or others took their place"
+                raise Refused(f"{folder} holds a run over other images ({what}); choose another --run.")
     write_json(path, told)
     images.write_bad(folder, [*train.bad, *(test.bad if test else ())])
 
 
-def refuse(recipe: Recipe, train: Images, network: nn.Module, processes: int) -> None:
+def refuse(recipe: Recipe, train: Images, network: nn.Module, accelerator: Accelerator) -> None:
     """Refuse what the images, the network or the number of processes make impossible.
 
     Raises:
         Refused: naming the field.
     """
+    processes, settings = accelerator.num_processes, recipe.proxy
     check_split(recipe.data, train)
-    proxies.check(recipe.proxy)
+    proxies.check(settings)
     if recipe.relearn.rounds:
         clusters.check(recipe.clusters, train)
         relearn.check(recipe.relearn, train)
         check_fits(recipe.relearn, len(train.train), processes, "relearn.")
-    if recipe.proxy.epochs:
-        check_fits(recipe.proxy, len(train.train), processes, "proxy.")
-        proxies.build(recipe.proxy, copy.deepcopy(network), train)
+        relearned = BackboneTask(copy.deepcopy(network), recipe.relearn, train).train()
+        blank = torch.zeros(1, 3, train.size, train.size)
+        check_norms(recipe.relearn, processes, lambda: relearned.embed(blank), "relearn.")
+    if settings.epochs:
+        check_fits(settings, len(train.train), processes, "proxy.")
+        task = proxies.build(settings, copy.deepcopy(network), train)
+        key, indices = Key(recipe.seed, "proxy"), train.train
+
+        def step() -> None:
+            task.train().to(accelerator.device)(draw_batch(train, indices, settings, key, 0, 0, accelerator))
+
+        check_norms(settings, processes, step, "proxy.")
 
 
 def check_split(data: Data, images: Images) -> None:

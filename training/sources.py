@@ -248,19 +248,27 @@ def _table(rows: datasets.Dataset, data: Data, trusted: Path | None) -> TableSou
 
 
 def _image_column(rows: datasets.Dataset, data: Data) -> str:
-    if data.image_column:
-        if data.image_column not in rows.features:
-            raise Refused(
-                f"data.image_column: there is no column {data.image_column!r}; there are {', '.join(rows.features)}."
-            )
-        return data.image_column
-    found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    found = found or [name for name in ("image", "img") if name in rows.features]
-    if len(found) != 1:
-        raise Refused(
-            f"data.image_column: {len(found)} of the columns {', '.join(rows.features)} hold images; name the one."
-        )
-    return found[0]
+    """The column that holds the images.
+
+    Raises:
+        Refused: there is none, or it cannot be told, or what it holds is no images.
+    """
+    columns, column = ", ".join(map(escape, rows.features)), data.image_column
+    if column and column not in rows.features:
+        raise Refused(f"data.image_column: there is no column {column!r}; there are {columns}.")
+    if not column:
+        found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        found = found or [name for name in ("image", "img") if name in rows.features]
+        if len(found) != 1:
+            raise Refused(f"data.image_column: {len(found)} of the columns {columns} hold images; name the one.")
+        column = found[0]
+    kind = rows.features[column]
+    struct = isinstance(kind, dict) and {"bytes", "path"} == set(kind)
+    plain = isinstance(kind, datasets.Value) and kind.dtype.removeprefix("large_") in ("string", "binary")
+    if not (isinstance(kind, datasets.Image) or struct or plain):
+        told = "classes" if isinstance(kind, datasets.ClassLabel) else getattr(kind, "dtype", type(kind).__name__)
+        raise Refused(f"data.image_column: {column!r} holds {told}, no images; there are {columns}.")
+    return column
 
 
 def _labels(rows: datasets.Dataset, data: Data) -> tuple[list[str | None] | None, list[str] | None]:

@@ -1,6 +1,6 @@
 """Tasks: what the loop trains. A batch in, a loss and metrics out."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import backbone as B
 from . import views
 from .extraction import evaluating
+from .files import Refused
 from .images import Images
 from .operations import suited
 from .recipe import Schedule, Views
@@ -187,3 +188,29 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of rows whose largest logit is the label's; rows labelled -1 do not count."""
     known = labels >= 0
     return ((logits.argmax(1) == labels) & known).sum() / known.sum().clamp(min=1)
+
+
+def check_norms(schedule: Schedule, processes: int, forward: Callable[[], Any], prefix: str = "") -> None:
+    """Refuse micro-batches of one image where a batch norm then finds one value for each channel.
+
+    Args:
+        schedule: whose fields are named with `prefix`.
+        processes: that share a step.
+        forward: passes one image through what is trained.
+        prefix: as above.
+
+    Raises:
+        Refused: naming the field.
+    """
+    if schedule.batch_size > processes * schedule.accumulate:
+        return
+    try:
+        with torch.no_grad():
+            forward()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise Refused(
+            f"{prefix}batch_size: {schedule.batch_size} leaves a micro-batch one image, of which a batch norm has no "
+            "statistics; give each at least two."
+        ) from error

@@ -25,6 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.read(arguments)
     made = parser.instantiate(given)
     check_data(made.data)
+    if given.residue is not None:
+        proxies.find(given.residue, "--residue")
     views = proxies.residue(proxies.settings(given.residue)) if given.residue else ()
     with inputs.one_process("evaluate") as context:
         network = inputs.model(given.model, made.data.size)

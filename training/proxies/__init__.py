@@ -35,14 +35,14 @@ PROXIES: dict[str, type[Proxy]] = {
 }
 
 
-def find(name: str) -> type[Proxy]:
-    """The class of a task.
+def find(name: str, field: str = "proxy.name") -> type[Proxy]:
+    """The class of a task that `field` names.
 
     Raises:
         Refused: there is no such task.
     """
     if name not in PROXIES:
-        raise Refused(f"proxy.name: there is no task {name!r}; there are {', '.join(PROXIES)}.")
+        raise Refused(f"{field}: there is no task {name!r}; there are {', '.join(PROXIES)}.")
     return PROXIES[name]
 
 

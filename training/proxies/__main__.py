@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import agreement, charts, compare, contrast, launch, records, report
 from ..command import Parser, guarded
-from ..files import write_lines, write_text
+from ..files import Refused, write_lines, write_text
 from . import PROXIES, find
 
 ABOUT = "Compare proxy tasks: is each learned, are its features better than random ones, what does SSL++ add?"
@@ -41,10 +41,13 @@ def main(arguments: Sequence[str]) -> None:
     made = command(arguments)
     values = made.read(arguments)
     tasks = values.pop("tasks")
+    if not tasks:
+        raise Refused("--tasks needs at least one value.")
+    for task in tasks:
+        find(task, "--tasks")
     folder = Path(compare.request(values, made)["recipe"].run)
     requests = []
     for task in tasks:
-        find(task)
         own = with_own(arguments, task)
         made = command(own)
         values = made.read([*own, "--run", f"{folder}/{task}"])
