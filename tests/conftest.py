@@ -76,17 +76,19 @@ def context(tmp_path):
     return Context(launch.start("fp32", None, str(tmp_path)), tmp_path, launch.StopSignals(), 1, 1000)
 
 
-@pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory):
-    """A folder of class folders: 24 training and 8 test pictures of 20 px."""
-    folder = tmp_path_factory.mktemp("pictures")
+def write_pictures(folder):
+    """A folder of class folders: 48 training and 16 test pictures of 20 px."""
     for split, count, seed in (("train", 48, 0), ("test", 16, 1)):
         images = make_images(count, seed=seed)
         for i in range(count):
             path = folder / split / images.label_names[images.labels[i]] / f"{i:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images.pixels.picture(i).permute(1, 2, 0).numpy()).save(path)
+            write_png(path, images.pixels.picture(i).permute(1, 2, 0))
     return folder
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 TINY_RUN = [

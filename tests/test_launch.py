@@ -92,6 +92,28 @@ def test_precision_is_what_the_cpu_has_units_for_and_does_right(monkeypatch, uni
     assert launch.resolve_precision("bf16", fits) == "bf16"
 
 
+def test_what_the_launcher_was_told_is_done_or_contradicted_aloud(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert launch.resolve_precision("auto", False) == "bf16"
+    assert launch.resolve_precision("fp32", True) == "fp32"
+    weight = torch.ones(1, requires_grad=True)
+    launch.start("bf16", None, str(tmp_path)).backward(weight.sum())
+    assert weight.grad == 1  # not divided
+    said = capsys.readouterr().out
+    assert "gradient_accumulation_steps is not used" in said
+    assert "bf16" not in said
+    launch.start("fp32", None, str(tmp_path))
+    assert "warning: fp32 is used, not bf16 as the launcher was told" in capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert launch.resolve_precision("auto", False) == launch.resolve_precision("fp32", False) == "fp32"
+    launch.start("fp32", None, str(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
 def test_precision_is_right_for_what_a_task_makes_of_an_image(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

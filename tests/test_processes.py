@@ -1,23 +1,31 @@
 """Two processes on the CPU, through torchrun: the same run as one process's."""
 
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
-from tests.conftest import ROOT, TINY_RUN, command
+from tests.conftest import ROOT, TINY_RUN, call, command, make_images
+from training import backbone as B
 from training import records
+from training.__main__ import main
 from training.clusters import read_labels
-from training.files import read_json, read_lines
+from training.files import Refused, read_json, read_lines
+from training.recipe import Model, Schedule
+from training.task import ViewTask, check_processes
 
 # Without batch norm, whose statistics are each process's own.
 PLAIN = [
     "--model.name", "test_vit", "--data.size", "32", "--proxy.epochs", "6", "--relearn.epochs", "6",
     "--relearn.mlp_layers", "0", "--clusters.stage", "3", "--relearn.split", "2", "--precision", "fp32",
+    "--relearn.settle", "0.1",
 ]  # fmt: skip
 TWO = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731")
+FOUR = ("torch.distributed.run", "--nproc_per_node", "4", "--master_port", "29731")
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +63,48 @@ def test_the_images_are_kept_once_for_both(runs):
     assert not (runs["one"] / "images").exists()
 
 
-def test_both_processes_hold_the_same_weights_after_settling(tmp_path):
+def test_one_process_goes_on_from_two_ones_checkpoint_as_they_did(runs, picture_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs["two"], folder)
+    (folder / "round_1" / "relearn.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "relearn_1_00000024")
+    done = call(main, *TINY_RUN, *PLAIN, "--data.path", picture_folder, "--run", folder)
+    assert done.returncode == 0, done.stderr
+    found, told = (
+        [r for r in read_lines(f / "metrics.jsonl") if r["phase"] == "relearn"] for f in (folder, runs["two"])
+    )
+    assert found[1]["images_per_second"] == told[1]["images_per_second"]  # the second step is the two's own
+    assert found[2]["images_per_second"] != told[2]["images_per_second"]
+    assert [r["loss"] for r in found[2:22]] == pytest.approx([r["loss"] for r in told[2:22]], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("network", "args", "why"),
+    [("test_resnet", {}, "batch norms"), ("test_vit", {"drop_path_rate": 0.1}, "drops out"), ("test_vit", {}, None)],
+)
+def test_going_on_in_another_number_of_processes_is_refused_where_it_is_another_training(network, args, why):
+    images = make_images(size=32, side=36)
+    task = ViewTask(B.create(Model(network, args), 32), Schedule(), images).train()
+    check_processes(task, 2, 2, 7)
+    check_processes(task, None, 2, 7)
+    with (
+        pytest.raises(Refused, match=f"step 7 is of 2 processes, now there are 3, and .*{why}")
+        if why
+        else nullcontext()
+    ):
+        check_processes(task, 2, 3, 7)
+    task.hold({name for name, _ in task.network.named_parameters()} | {n for n, _ in task.network.named_buffers()})
+    check_processes(task, 2, 3, 7)  # what is held still depends on nothing
+
+
+def test_all_processes_hold_the_same_weights_after_settling(tmp_path):
     code = f"""
 import torch, pathlib
 from tests.conftest import make_images
 from tests.test_relearn import MODEL, KEY, network, pseudo_labels, settings
 from training import launch, loop, relearn
 accelerator = launch.start("fp32", None, "{tmp_path}")
-assert accelerator.num_processes == 2
+assert accelerator.num_processes == 4
 context = loop.Context(accelerator, pathlib.Path("{tmp_path}"), launch.StopSignals(), 1, 1000)
 torch.manual_seed(accelerator.process_index)
 before = network()
@@ -76,15 +118,16 @@ def spy(task, *args, **kwargs):
     real(task, *args, **kwargs)
     for name, value in sorted(task.state_dict().items()):
         if value.is_floating_point() and "running" not in name:
-            both = accelerator.gather(value.flatten().unsqueeze(0))
-            assert torch.equal(both[0], both[1]), name
+            everybody = accelerator.gather(value.flatten().unsqueeze(0))
+            assert all(torch.equal(everybody[0], one) for one in everybody), name
             seen.append(name)
 relearn.train = spy
 from types import SimpleNamespace
 from training import clusters, extraction, kmeans, recipe
-alone = SimpleNamespace(num_processes=1, process_index=0, device=accelerator.device, gather=lambda x: x)
+alone = SimpleNamespace(num_processes=1, process_index=0, device=accelerator.device)
+alone.gather, alone.reduce = lambda x: x, lambda x, how: x
 net = network()
-for count in (1, 2, 5, 21):  # uneven shares, and fewer images than processes
+for count in (1, 2, 3, 5, 21):  # uneven shares, and fewer images than processes
     for random in (None, (recipe.Views(), 3)):
         some = make_images().all[:count]
         given = (net, make_images(), some)
@@ -97,13 +140,15 @@ assert torch.equal(extraction.gather(extraction.share(rows[:1], accelerator), ac
 rows = torch.randn(31, 5, generator=torch.Generator().manual_seed(0))
 both, one = (clusters.fit_whitening(extraction.share(rows, a), 3, 1.0, a) for a in (accelerator, alone))
 assert torch.allclose(both.projection, one.projection, rtol=1e-4) and torch.allclose(both.mean, one.mean, atol=1e-6)
-alone.reduce = lambda x, how: x
 rows = torch.nn.functional.normalize(torch.randn(700, 5, generator=torch.Generator().manual_seed(1)), dim=1)
 kmeans.FITTED = 20
-mine = rows[500:] if accelerator.process_index else rows[:500]
+mine = rows.split([500, 120, 70, 10])[accelerator.process_index]
 both, one = (kmeans.kmeans(x, 30, 0, 50, a)[0] for x, a in ((mine, accelerator), (rows, alone)))
 assert torch.allclose(both.centroids, one.centroids, atol=1e-4) and abs(both.inertia - one.inertia) < 1e-5
 assert torch.equal(extraction.gather(both.labels, accelerator), one.labels)
+for some in (rows[:3], rows[:6], rows[:1].repeat(3, 1)):  # fewer than processes, one more for some, and all alike
+    both, one = (kmeans.kmeans(extraction.share(some, a), 2, 5, 20, a)[0] for a in (accelerator, alone))
+    assert torch.allclose(both.centroids, one.centroids, atol=1e-5), some
 relearn.relearn(before, MODEL, chosen, pseudo_labels(images), [4, 2], images, KEY, context, "x")
 assert any(name.endswith("layer4.0.conv1.weight") for name in seen) and len(seen) > 60
 print("equal on rank", accelerator.process_index)
@@ -112,14 +157,14 @@ launch.end_processes()
     script = tmp_path / "ranks.py"
     script.write_text(code)
     done = subprocess.run(
-        [sys.executable, "-m", *TWO, script],
+        [sys.executable, "-m", *FOUR, script],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal on rank") == 2
+    assert done.stdout.count("equal on rank") == 4
 
 
 def test_a_comparison_runs_in_two_processes_and_ends_cleanly(picture_folder, tmp_path):

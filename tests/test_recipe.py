@@ -122,6 +122,7 @@ def test_every_field_is_explained():
         (b'run: "a\\0b"', "a character that no text has"),
         (b'run: "a\\ud83d\\ude00b"', "a character that no text has"),
         (b"proxy: 5", "proxy has fields of its own"),
+        (b"proxy: {'': 1}", "a key is empty"),
         (b"proxy: {views: [flip]}", "proxy.views has fields of its own"),
         (b"proxy: {options: 3}", "proxy.options has fields of its own"),
         (b"- 1", "has no fields"),

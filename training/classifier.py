@@ -84,6 +84,9 @@ class Classify(ViewTask):
         loss = F.cross_entropy(logits, target, label_smoothing=self.settings.label_smoothing)
         return {"loss": loss, "accuracy": accuracy(logits.detach(), batch.labels)}
 
+    def depends_on_share(self) -> str | None:
+        return "each process mixes the images that it draws itself" if self.mix else super().depends_on_share()
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         exempt = self.network.no_weight_decay() if hasattr(self.network, "no_weight_decay") else ()
         groups = param_groups_layer_decay(self.network, weight_decay, exempt, layer_decay=self.settings.layer_decay)

@@ -146,6 +146,8 @@ class _Loader(yaml.SafeLoader):
         made = super().construct_mapping(node, deep)
         if len(made) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+        if "" in made:
+            raise yaml.constructor.ConstructorError(None, None, "a key is empty", node.start_mark)
         return made
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
 from .files import Refused, sha256_json
@@ -96,8 +96,14 @@ def seed_all(number: int) -> None:
     torch.manual_seed(number)
 
 
+def launched_precision() -> str:
+    """What `accelerate launch` was told, on its command line or in its file; "fp32" without either, too."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return "fp32" if told == "no" else told
+
+
 def resolve_precision(precision: str, cpu_bf16: bool) -> str:
-    """`auto` as what the device has units for: bf16, else fp16 on CUDA, else fp32.
+    """`auto` as what the launcher was told, or the device has units for: bf16, else fp16 on CUDA, else fp32.
 
     Args:
         precision: what was asked for.
@@ -105,6 +111,8 @@ def resolve_precision(precision: str, cpu_bf16: bool) -> str:
     """
     if precision != "auto":
         return precision
+    if launched_precision() in ("bf16", "fp16"):
+        return launched_precision()
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     if torch.backends.mps.is_available():
@@ -140,6 +148,8 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
         mixed_precision={"fp32": "no"}.get(precision, precision),
         log_with=tracker,
         project_dir=folder,
+        # Of our own: else the launcher's would divide the loss once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             # The main process alone fits probes and writes; the others wait for it longer than NCCL's 10 minutes.
             InitProcessGroupKwargs(timeout=timedelta(hours=12)),
@@ -156,6 +166,13 @@ def start(precision: str, tracker: str | None, folder: str) -> Accelerator:
             f"{world} processes were launched but each believes to be alone; start them with "
             f"`torchrun --nproc_per_node {world} -m -- training`."
         )
+    if launched_precision() not in ("fp32", precision):
+        asked = launched_precision()
+        accelerator.print(
+            f"warning: {precision} is used, not {asked} as the launcher was told; --precision says which."
+        )
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        accelerator.print("warning: the launcher's gradient_accumulation_steps is not used; accumulate says how many.")
     if accelerator.device.type == "cpu":
         # Launchers leave one thread to each process where the user said nothing; a number of the user's own is kept.
         launched = any(name in os.environ for name in LAUNCHERS)

@@ -31,7 +31,7 @@ from .images import Images
 from .launch import Interrupted, Key, StopSignals, out_of_memory, seed_all
 from .operations import counting_flops
 from .recipe import Schedule
-from .task import Batch, Task
+from .task import Batch, Task, check_processes
 
 
 @dataclass
@@ -194,6 +194,7 @@ def train(
     step = first
     if saved:
         step = saved.step
+        check_processes(task, saved.state.get("processes"), accelerator.num_processes, step)
         saved.load_task(task)
         if step > first:
             saved.load_optimizer(optimizer)
@@ -294,6 +295,7 @@ def save_checkpoint(
         raise Diverged(f"a weight is not finite after step {step}")
     if context.main:
         state = {"step": step, "budget": context.budget, "fingerprint": fingerprint}
+        state["processes"] = context.accelerator.num_processes
         if context.accelerator.scaler:  # of fp16
             state["scaler"] = context.accelerator.scaler.state_dict()
         context.checkpoints.save(key.name, task, optimizer, state)

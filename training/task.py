@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from . import backbone as B
 from . import views
@@ -66,6 +68,16 @@ class Task(nn.Module):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Trainable parameters for the optimiser; a group's ``lr_scale`` multiplies the learning rate."""
         return decay_groups(self, weight_decay)
+
+    def depends_on_share(self) -> str | None:
+        """What makes a step depend on how its images are shared out among processes; None if nothing does."""
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                return "batch norms take statistics of each process's images"
+            drops = getattr(module, "p", 0) if isinstance(module, _DropoutNd) else getattr(module, "drop_prob", 0)
+            if module.training and drops:
+                return "each process drops out what it draws itself"
+        return None
 
 
 def decay_groups(
@@ -214,3 +226,16 @@ def check_norms(schedule: Schedule, processes: int, forward: Callable[[], Any], 
             f"{prefix}batch_size: {schedule.batch_size} leaves a micro-batch one image, of which a batch norm has no "
             "statistics; give each at least two."
         ) from error
+
+
+def check_processes(task: Task, before: int | None, now: int, step: int) -> None:
+    """Refuse to go on in another number of processes, None if that is not known, where that makes another training.
+
+    Raises:
+        Refused: with the reason.
+    """
+    if before not in (None, now) and (why := task.depends_on_share()):
+        raise Refused(
+            f"the checkpoint of step {step} is of {before} processes, now there are {now}, and {why}; start as many as "
+            "before, or choose another --run."
+        )

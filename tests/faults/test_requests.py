@@ -118,6 +118,8 @@ ALWAYS["phases"] = [Phase.explicit, Phase.generate]  # making a request that fai
 @settings(max_examples=60, derandomize=True, **ALWAYS)
 @example(("proxies", "tasks"), "[rotatoin]", False)
 @example(("evaluate", "residue"), "", False)
+@example(("rotation", "relearn.views"), [{}], True)
+@example(("jigsaw", "proxy.options"), {"": 1}, True)
 @example(("rotation", "run"), "a\0b", True)
 @given(*REQUESTS)
 def test_any_value_is_taken_or_refused_naming_its_field(chosen, value, in_file):
