@@ -69,16 +69,52 @@ def test_a_run_folder_in_use_is_refused(run, picture_folder, tmp_path):
     assert (second.returncode, "in use by another process" in second.stderr) == (2, True)
 
 
+def on_one_core():
+    """Launched trainers take all cores that they may; tiny tensors gain nothing, and lose much where cores are busy."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[os.getpid() % len(os.sched_getaffinity(0))]})
+
+
+def launched(command, folder, **options):
+    """Start a launcher in a process of its own; it, once its trainer has made four steps of the proxy."""
+    process = subprocess.Popen(
+        [*command, *TINY_RUN, *SLOW, "--run", folder],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=on_one_core,
+        **options,
+    )
+    while steps(folder, "proxy") < 4:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return process
+
+
 def test_a_trainer_whose_launcher_was_terminated_checkpoints_and_ends(picture_folder, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "training", *TINY_RUN, *SLOW]
-    command += ["--data.path", picture_folder, "--run", folder]
-    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while steps(folder, "proxy") < 4:
-        assert launcher.poll() is None
-        time.sleep(0.01)
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "-m", "training", "--data.path", picture_folder]
+    launcher = launched(accelerate, folder)
     trainers = psutil.Process(launcher.pid).children(recursive=True)
     launcher.terminate()
     launcher.wait(60)
     assert not psutil.wait_procs(trainers, timeout=60)[1]
+    assert (folder / "checkpoints" / f"proxy_0_{steps(folder, 'proxy'):08d}").exists()
+
+
+def test_a_slurm_job_that_is_signalled_keeps_a_checkpoint_and_is_queued_again(picture_folder, tmp_path):
+    """What ``--signal=B:USR1`` does: USR1 to the batch script, and to nothing that it started."""
+    folder, scontrol = tmp_path / "run", tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    path = os.pathsep.join([str(scontrol.parent), os.path.dirname(sys.executable), os.environ["PATH"]])
+    batch = ["bash", "hub_configs/slurm.sbatch", "--data.path", picture_folder]
+    job = launched(batch, folder, env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "1"})
+    job.send_signal(signal.SIGUSR1)
+    _, said = job.communicate(timeout=240)
+    assert job.returncode == 1, said
+    assert "stopped by SIGUSR1; the same command goes on from here" in said
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
     assert (folder / "checkpoints" / f"proxy_0_{steps(folder, 'proxy'):08d}").exists()
