@@ -168,12 +168,12 @@ def main(arguments):
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch), np.random.default_rng(asked.seed))
-        for name in ("images", "requests", "bits", "kills"):
+        for name in ("images", "requests", "kills", "bits"):
             getattr(bench, name)(getattr(asked, name))
-            print(f"{name}: {bench.told}", flush=True)
-    made = page(bench.told, arguments, time.monotonic() - began)
-    if asked.page:
-        asked.page.write_text(made, encoding="utf-8")
+            made = page(bench.told, arguments, time.monotonic() - began)
+            print(made, flush=True)
+            if asked.page:  # what is known so far
+                asked.page.write_text(made, encoding="utf-8")
     return int("WRONG" in made)
 
 

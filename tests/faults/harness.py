@@ -1,5 +1,6 @@
 """Runs that can be killed at any moment, damage to files, and what came of both; imports are paid for once."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -90,7 +91,9 @@ def results(folder):
     files = {path for path in folder.rglob("*") if path.suffix in kept and "checkpoints" not in path.parts}
     found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
     for path in sorted(folder.rglob("records.jsonl")):
-        found[str(path.relative_to(folder))] = [{**row, "seconds": 0} for row in read_lines(path)]
+        # Those that are measured again come last.
+        told = [json.dumps({**row, "seconds": 0}, sort_keys=True) for row in read_lines(path)]
+        found[str(path.relative_to(folder))] = sorted(told)
     return found
 
 

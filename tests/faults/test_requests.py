@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import call
-from training import command, compare, embed, finetune
+from training import command, compare, embed, finetune, predict
 from training.evaluate import __main__ as evaluate
 from training.proxies import PROXIES
 from training.proxies import __main__ as proxies
@@ -30,8 +30,11 @@ COMMANDS = {
         proxies.__name__, ["--data.path", "digits", "--tasks", '["moco"]'], proxies.command, "training.compare.compare",
     ),
     "finetune": (finetune.__name__, MODEL, lambda given: finetune.command(), "training.finetune.finetune"),
-    "evaluate": (evaluate.__name__, MODEL, lambda given: evaluate.command(), "training.evaluate.__main__.one_process"),
-    "embed": (embed.__name__, [*MODEL, "--out", "x"], lambda given: embed.command(), "training.embed.one_process"),
+    **{
+        module.__name__: (module.__name__, [*MODEL, "--out", out], lambda given, module=module: module.command(), work)
+        for module, out in ((evaluate, "x.jsonl"), (embed, "x.parquet"), (predict, "x.csv"))
+        for work in ["training.inputs.one_process"]
+    },
 }  # fmt: skip
 
 
@@ -117,7 +120,7 @@ ALWAYS["phases"] = [Phase.explicit, Phase.generate]  # making a request that fai
 
 @settings(max_examples=60, derandomize=True, **ALWAYS)
 @example(("proxies", "tasks"), "[rotatoin]", False)
-@example(("evaluate", "residue"), "", False)
+@example((evaluate.__name__, "residue"), "", False)
 @example(("rotation", "relearn.views"), [{}], True)
 @example(("jigsaw", "proxy.options"), {"": 1}, True)
 @example(("rotation", "run"), "a\0b", True)
