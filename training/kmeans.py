@@ -205,8 +205,7 @@ def _draw_by(rows: Tensor, weights: Tensor, places: Tensor, accelerator: Acceler
     totals = accelerator.gather(total.view(torch.int64).to(device)).cpu().view(torch.float64)
     ends = totals.cumsum(0)
     places = places * ends[-1]
-    last = int(accelerator.gather(torch.tensor([len(rows)], device=device)).nonzero().max())  # that has rows
-    owner = torch.searchsorted(ends, places, right=True).clamp(max=last)
+    owner = torch.searchsorted(ends, places, right=True).clamp(max=len(ends) - 1)
     mine = (owner == accelerator.process_index).nonzero().flatten() if len(rows) else torch.zeros(0, dtype=torch.int64)
     inside = places[mine] - (ends - totals)[owner[mine]]
     index = torch.searchsorted(sums, inside, right=True).clamp(max=len(rows) - 1)
