@@ -7,7 +7,7 @@ import timm
 from PIL import Image
 
 from tests.conftest import ROOT
-from training import figures, readme, records
+from training import classifier, figures, readme, records
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -67,3 +67,9 @@ def test_fine_tuned_models_are_told_apart_by_start_and_share_of_labels(tmp_path)
     ]
     figures.fine_tuned(tmp_path / "finetune.png", readme.fine_tuned(rows))
     assert Image.open(tmp_path / "finetune.png").size[0] > 300
+
+
+def test_the_lines_for_classifiers_are_those_of_every_card():
+    assert classifier.usage("local-dir:runs/shoes/best", 36) in TEXT
+    assert classifier.ONNX in TEXT
+    assert TEXT.count("\n") <= 220
