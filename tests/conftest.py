@@ -61,8 +61,10 @@ def make_images(count=40, side=20, size=16, classes=4, labelled=True, seed=0):
 
 @pytest.fixture(autouse=True)
 def forget_accelerator():
-    """Accelerate has one state in a process, precision included: the next test begins without this one's."""
+    """Accelerate has one state in a process, precision included, and torch a number of threads: not the next test's."""
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -12,7 +12,7 @@ from timm.layers import DropPath
 from tests.conftest import make_images
 from training import backbone as B
 from training.extraction import extract, features, plain_batch
-from training.files import Refused
+from training.files import Failed, Refused
 from training.recipe import Model
 
 FAMILIES = {
@@ -188,7 +188,7 @@ def test_a_folder_that_lacks_weights_is_not_loaded(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     state.pop("layer3.0.conv1.weight")
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"layer3\.0\.conv1\.weight"):
+    with pytest.raises(Failed, match=r"layer3\.0\.conv1\.weight"):
         B.load(tmp_path)
 
 

@@ -92,7 +92,7 @@ def test_low_shot_is_the_mean_over_draws_of_a_probe_whose_cost_the_held_out_part
     assert {r["split"]: r["value"] for r in got} == {
         n: pytest.approx(tried[best][n], abs=0.005) for n in ("val", "test")
     }
-    assert all(r["settings"] == {"shots": 2, "draws": 5, "C": best} for r in got)
+    assert all(r["settings"] == {"shots": 2, "draws": 5, "C": best, "chance": 0.3333} for r in got)
     assert all(r["deviation"] > 0 for r in got)
 
 
