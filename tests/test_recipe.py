@@ -2,11 +2,14 @@
 
 import dataclasses
 import re
+from typing import Any, Literal
 
 import pytest
 
-from training import command, recipe
+from training import command, recipe, usage
+from training.__main__ import main
 from training.files import Refused
+from training.limits import PositiveFloat, PositiveInt, Stage
 
 
 def parse(*arguments):
@@ -93,7 +96,7 @@ def test_data_must_be_named():
 
 
 def test_every_field_is_explained():
-    text = command.parser([]).format_help()
+    text = usage.whole(command.parser([]))
 
     def fields(kind, name):
         for field in dataclasses.fields(kind):
@@ -106,7 +109,7 @@ def test_every_field_is_explained():
     explained = {block.split()[0].rstrip(","): block for block in text.split("\n  --")[1:]}
     for option in set(fields(recipe.Recipe, "")) - {"proxy.options"}:  # each task's own
         block = " ".join(explained[option].split())
-        assert re.search(r"[a-z]{2,}[^()]* [^()]*\. (\(|$)|[a-z]{2,} .*\(type:", block), option
+        assert re.search(r"[a-z]{2,} [^\[\]]*[.)](\s|$)", block), option  # words that end, before any default
 
 
 @pytest.mark.parametrize(
@@ -147,3 +150,36 @@ def test_a_wrong_value_deep_in_a_file_names_its_field(tmp_path):
     path.write_text("proxy: {views: {flap: 0.2}}")
     with pytest.raises(Refused, match=r"no field proxy\.views\.flap; did you mean --proxy\.views\.flip"):
         command.parse(["--config", str(path), "--data.path", "digits"])
+
+
+def test_help_fits_on_a_screen_and_all_of_it_is_in_the_order_of_a_run(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "110")
+
+    def said(option):
+        with pytest.raises(SystemExit, match="0"):
+            main([option])
+        return capsys.readouterr().out
+
+    short, whole = said("--help"), said("--help_all")
+    assert len(short.splitlines()) <= 40
+    assert {"--data.path", "--run", "--model.name", "--relearn.epochs", "--help_all"} <= set(short.split())
+    names = ("model.name", "data.path", "proxy.name", "clusters.k", "relearn.split", "log.every")
+    order = [whole.index(f"  --{name}") for name in names]
+    assert order == sorted(order)
+    assert "configuration file" not in whole
+    assert max(map(len, whole.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("hint", "said"),
+    [
+        (bool, "true|false"),
+        (Literal["a", "b"], "a|b"),
+        (list[PositiveInt] | None, "[N, ...]"),
+        (tuple[PositiveFloat, PositiveFloat], "[X, X]"),
+        (Stage | Literal["auto"], "N | auto"),
+        (dict[str, Any], "{NAME: VALUE, ...}"),
+    ],
+)
+def test_types_are_told_as_people_read_them(hint, said):
+    assert usage.kind(hint) == said

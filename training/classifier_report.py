@@ -125,9 +125,7 @@ def draw(folder: Path, told: Told, metrics: list[dict[str, Any]], best: int) -> 
     wrong = (guess != told.found.truth).nonzero().flatten()
     worst = wrong[sure[wrong].argsort(descending=True, stable=True)][:SHOWN].tolist()
     names, truth = told.names, told.found.truth
-    captions = [
-        f"is {short(names[truth[i]])}\nsaid {short(names[guess[i]])}, {100 * sure[i]:.0f} %" for i in worst
-    ]
+    captions = [f"is {short(names[truth[i]])}\nsaid {short(names[guess[i]])}, {100 * sure[i]:.0f} %" for i in worst]
     shown = [(told.found.images, int(told.found.indices[i]), c) for i, c in zip(worst, captions, strict=True)]
     title = f"Wrong, and surest of it: {len(shown)} of {len(wrong)} mistakes ({where})"
     guesses.sheet(at / "mistakes.png", shown, title)

@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import sys
+from argparse import Action
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from . import usage
 from .files import Failed, Refused, reason
 from .limits import PositiveInt
 from .recipe import Data, Proxy, Recipe, Running, Schedule
@@ -19,8 +21,30 @@ from .recipe import Data, Proxy, Recipe, Running, Schedule
 MISSING = "MODEL is missing: name a model's folder, such as runs/mine/hub, or any name that timm loads with weights"
 
 
+# What people set of a recipe: what --help shows.
+USUAL = (
+    "config", "data.path", "run", "model.name", "model.pretrained", "data.size", "proxy.name", "proxy.epochs",
+    "clusters.k", "relearn.epochs", "relearn.rounds", "precision",
+)  # fmt: skip
+
+
 class Parser(ArgumentParser):
-    """A parser that says what is wrong in one sentence."""
+    """A parser that says what is wrong in one sentence.
+
+    Attributes:
+        usual: options that --help shows, all others --help_all; without any it shows all.
+    """
+
+    usual: tuple[str, ...] = ()
+
+    def format_help(self) -> str:
+        return usage.short(self, self.usual) if self.usual else usage.whole(self)
+
+    def show(self, *usual: str) -> "Parser":
+        """Show these options by --help, and all by --help_all."""
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, help="Show every option and exit.")
+        self.usual = usual
+        return self
 
     def read(self, arguments: Sequence[str]) -> Namespace:
         """Parse a command line.
@@ -53,6 +77,12 @@ class Parser(ArgumentParser):
         return f"; did you mean {' or '.join(f'--{option}' for option in found)}?" if found else ""
 
 
+class _HelpAll(Action):
+    def __call__(self, parser: Parser, *_: Any) -> None:
+        print(usage.whole(parser), end="")
+        parser.exit()
+
+
 def model_parser(
     name: str, description: str, options: str = "", unused: Collection[str] = (), sizes: bool = False
 ) -> Parser:
@@ -65,8 +95,8 @@ def model_parser(
         unused: fields of the data that it has no use for.
         sizes: whether it takes a size other than the model's.
     """
-    usage = " ".join(filter(None, ("%(prog)s MODEL --data.path DATA", options, "[--FIELD VALUE ...]")))
-    made = Parser(prog=f"python -m training.{name}", description=description, usage=usage, allow_abbrev=False)
+    line = " ".join(filter(None, ("%(prog)s MODEL --data.path DATA", options, "[--FIELD VALUE ...]")))
+    made = Parser(prog=f"python -m training.{name}", description=description, usage=line, allow_abbrev=False)
     made.add_argument("model", help="A model's folder, or any name that timm loads with weights.")
     made.add_class_arguments(Data, "data", skip={"size", *unused})
     if sizes:
@@ -89,8 +119,8 @@ def parser(
     """
     from . import proxies
 
-    usage = "%(prog)s [--config RECIPE] [--FIELD VALUE ...]"
-    result = Parser(prog=prog, description=description, usage=usage, allow_abbrev=False)
+    line = "%(prog)s [--config RECIPE] [--FIELD VALUE ...]"
+    result = Parser(prog=prog, description=description, usage=line, allow_abbrev=False)
     result.add_argument("--config", action="config", help="Recipe, a YAML file; later options override it.")
     result.add_class_arguments(Running, as_group=False, skip={"log", *skip})
     task = proxies.find(proxy_name(arguments))
@@ -101,7 +131,7 @@ def parser(
             result.set_defaults({f"proxy.{name}": value for name, value in proxies.defaults(task).items()})
         elif dataclasses.is_dataclass(field.type):
             result.add_class_arguments(field.type, field.name)
-    return result
+    return result.show(*USUAL)
 
 
 def proxy_name(arguments: Sequence[str]) -> str:

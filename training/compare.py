@@ -45,6 +45,7 @@ def command(arguments: Sequence[str], prog: str = "python -m training.compare", 
     made.add_argument(
         "--grid", type=list[PositiveFloat], default=list(GRID), help="Factors of the learning rate that each arm tries."
     )
+    made.usual = ("config", "data.path", "run", "arms", "seeds", "grid", "other_proxy", "precision")
     return made
 
 

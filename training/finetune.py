@@ -54,7 +54,7 @@ def command() -> Parser:
     parser = model_parser("finetune", description, "[--config RECIPE]")
     parser.add_argument("--config", action="config", help="Recipe, a YAML file; later options override it.")
     parser.add_class_arguments(Finetune, as_group=False, skip={"data", *UNUSED})
-    return parser
+    return parser.show("model", "data.path", "run", "epochs", "lr", "batch_size", "freeze", "labels", "precision")
 
 
 def main(arguments: Sequence[str]) -> None:
