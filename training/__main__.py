@@ -11,6 +11,7 @@ QUICKSTART = Path(__file__).parent.parent / "hub_configs" / "quickstart" / "reci
 
 def main(arguments: Sequence[str]) -> None:
     if not arguments:
+        _greet("The quickstart: SSL++ beside two other ways to train, on digits. torch and timm are loaded first …")
         from . import compare
 
         arms = ["random", "proxy", "sslpp"]
@@ -19,11 +20,20 @@ def main(arguments: Sequence[str]) -> None:
     from .command import parse
 
     recipe = parse(arguments)  # before the imports, which --help and a mistyped field need not wait for
+    _greet(
+        f"{recipe.model.name} on {recipe.data.called}, in {recipe.run}. torch and timm are loaded, then the images …"
+    )
     from .launch import StopSignals
     from .run import run
 
     with StopSignals() as stop:
         run(recipe, stop)
+
+
+def _greet(text: str) -> None:
+    """A line for who waits at a terminal, until there is more to say."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from . import pixels as P
 from .files import whole_file
@@ -91,13 +92,16 @@ def decode_all(
             path, content, reason = source.read(row)
             return path, len(content), hashlib.sha256(content).hexdigest(), *one(position, content, path, reason, white)
 
+        bar = tqdm(total=len(rows), desc=f"reading {name}", unit="image", disable=None, leave=False)
         for batch, args in _chunks(rows, found):
+            bar.update(len(batch))
             for position, (path, length, digest, picture, reason) in zip(batch, pool.map(read, *args), strict=True):
                 paths.append(path)
                 reasons.append(reason)
                 seen.update(f"{path}\0{length}\0{digest}\n".encode())
                 if picture is not None:
                     keep(position, picture)
+        bar.close()
         fingerprint = seen.hexdigest()
         if kept and kept["fingerprint"] != fingerprint:  # the file holds what other images once were
             file.unlink()
