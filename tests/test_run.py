@@ -17,7 +17,7 @@ import torch
 from tests.conftest import ROOT, TINY_RUN, call, write_png
 from training import clusters, command, embed, recipe, records
 from training import run as R
-from training.__main__ import main
+from training.__main__ import CONFIGS, fitting, main
 from training.evaluate import __main__ as evaluate
 from training.files import read_json, read_lines, sha256_file
 
@@ -446,3 +446,15 @@ def test_processes_meet_as_often_however_late_they_look_for_a_shared_phase(late,
     this = SimpleNamespace(shared=shared, main=False, accelerator=SimpleNamespace(wait_for_everyone=wait))
     R.once(this, marker, read, lambda: pytest.fail("done again"))
     assert len(met) == 2
+
+
+def test_without_a_recipe_one_that_fits_the_machine_is_taken_and_said(monkeypatch, capsys):
+    for there, name in ((False, "photos_small"), (True, "photos_resnet50")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        made = command.parse(fitting(["--data.path", "photos", "--relearn.epochs", "7"]))
+        assert f"no --config: {name} is taken" in capsys.readouterr().out
+        assert (made.run, made.relearn.epochs) == (f"runs/{name}", 7)
+        own = command.load_recipe(CONFIGS / name / "recipe.yaml")
+        assert (made.model.name, made.data.size) == (own["model"]["name"], own["data"]["size"])
+    for named in (["--config", "x.yaml"], ["--model.name=resnet18"], ["--help"]):
+        assert fitting(named) == named

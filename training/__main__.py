@@ -1,12 +1,14 @@
 """python -m training: a recipe in, a run folder out. Without any argument, the quickstart: a comparison on digits."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .command import guarded
 
-QUICKSTART = Path(__file__).parent.parent / "hub_configs" / "quickstart" / "recipe.yaml"
+CONFIGS = Path(__file__).parent.parent / "hub_configs"
+QUICKSTART = CONFIGS / "quickstart" / "recipe.yaml"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     from .command import parse
 
-    recipe = parse(arguments)  # before the imports, which --help and a mistyped field need not wait for
+    recipe = parse(fitting(arguments))  # before the imports, which --help and a mistyped field need not wait for
     _greet(
         f"{recipe.model.name} on {recipe.data.called}, in {recipe.run}. torch and timm are loaded, then the images …"
     )
@@ -28,6 +30,21 @@ def main(arguments: Sequence[str]) -> None:
 
     with StopSignals() as stop:
         run(recipe, stop)
+
+
+def fitting(arguments: Sequence[str]) -> list[str]:
+    """A command line, with a recipe for photographs that fits the machine where it names neither recipe nor network."""
+    from .command import asked
+
+    wanted = any(asked(arguments, "--config", "--model.name", "--model.pretrained"))
+    if wanted or any(argument in ("-h", "--help", "--help_all") for argument in arguments):
+        return list(arguments)
+    import torch
+
+    name = "photos_resnet50" if torch.cuda.is_available() else "photos_small"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"no --config: {name} is taken, which fits this machine; {CONFIGS.name}/ has others", flush=True)
+    return ["--config", str(CONFIGS / name / "recipe.yaml"), *arguments]
 
 
 def _greet(text: str) -> None:
