@@ -456,5 +456,5 @@ def test_without_a_recipe_one_that_fits_the_machine_is_taken_and_said(monkeypatc
         assert (made.run, made.relearn.epochs) == (f"runs/{name}", 7)
         own = command.load_recipe(CONFIGS / name / "recipe.yaml")
         assert (made.model.name, made.data.size) == (own["model"]["name"], own["data"]["size"])
-    for named in (["--config", "x.yaml"], ["--model.name=resnet18"], ["--help"]):
+    for named in (["--config", "x.yaml"], ["--model.name=resnet18"], ["--proxy.name", "byol"], ["--help"]):
         assert fitting(named) == named

@@ -33,10 +33,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def fitting(arguments: Sequence[str]) -> list[str]:
-    """A command line, with a recipe for photographs that fits the machine where it names neither recipe nor network."""
+    """A command line, with a recipe for photographs that fits the machine where it names no recipe, network or task."""
     from .command import asked
 
-    wanted = any(asked(arguments, "--config", "--model.name", "--model.pretrained"))
+    wanted = any(asked(arguments, "--config", "--model.name", "--model.pretrained", "--proxy.name"))
     if wanted or any(argument in ("-h", "--help", "--help_all") for argument in arguments):
         return list(arguments)
     import torch
