@@ -355,13 +355,13 @@ def test_draws_and_order_are_functions_of_seed_phase_round_and_step():
 
 
 def test_batches_are_gathered_before_they_are_asked_for_and_are_their_steps_own(context, monkeypatch):
-    images, settings, gathered, real = make_images(), Schedule(batch_size=8, accumulate=2), [], batches._gather
+    images, settings, gathered, real = make_images(), Schedule(batch_size=8, accumulate=2), [], batches.draw_batch
 
     def spy(*args):
         gathered.append(args[4:6])
         return real(*args)
 
-    monkeypatch.setattr(batches, "_gather", spy)
+    monkeypatch.setattr(batches, "draw_batch", spy)
     given = images, images.train, settings, KEY
     drawn = batches.ahead(*given, 1, 9, context.accelerator)
     first = next(drawn)

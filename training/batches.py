@@ -1,6 +1,5 @@
 """Batches of a schedule, functions of the step, gathered ahead of the device."""
 
-import dataclasses
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ def epoch_order(key: Key, epoch: int, images: int) -> Tensor:
     return torch.randperm(images, generator=torch.Generator().manual_seed(key.number("epoch", epoch)))
 
 
-def _gather(
+def draw_batch(
     images: Images,
     indices: Tensor,
     schedule: Schedule,
@@ -36,7 +35,10 @@ def _gather(
     accelerator: Accelerator,
     rows: int | None = None,
 ) -> Batch:
-    """As `draw_batch`, in memory that a GPU can read by itself while it computes."""
+    """Micro-batch `part` of this process at a step: its rows of the global batch, or only so many of them.
+
+    In the host's memory, which a GPU can read by itself while it computes.
+    """
     size, epoch_steps = schedule.batch_size, len(indices) // schedule.batch_size
     epoch, place = divmod(step, epoch_steps)
     order = epoch_order(key, epoch, len(indices))
@@ -63,29 +65,10 @@ def _gather(
     )
 
 
-def _sent(batch: Batch, device: torch.device) -> Batch:
-    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-    return dataclasses.replace(batch, pixels=batch.pixels.to(device, non_blocking=True), labels=labels)
-
-
-def draw_batch(
-    images: Images,
-    indices: Tensor,
-    schedule: Schedule,
-    key: Key,
-    step: int,
-    part: int,
-    accelerator: Accelerator,
-    rows: int | None = None,
-) -> Batch:
-    """Micro-batch `part` of this process at a step: its rows of the global batch, or only so many of them."""
-    return _sent(_gather(images, indices, schedule, key, step, part, accelerator, rows), accelerator.device)
-
-
 def ahead(
     images: Images, indices: Tensor, schedule: Schedule, key: Key, first: int, last: int, accelerator: Accelerator
 ) -> Iterator[Batch]:
-    """The micro-batches of the steps from `first` to `last`, in order, as `draw_batch` gives each.
+    """The micro-batches of the steps from `first` to `last`, in order, as `draw_batch` gives each, on the device.
 
     They are gathered in a thread, while the device computes; close it if not all are taken.
     """
@@ -94,10 +77,10 @@ def ahead(
     pool = ThreadPoolExecutor(1)
     try:
         for place in places:
-            waiting.append(pool.submit(_gather, images, indices, schedule, key, *place, accelerator))
+            waiting.append(pool.submit(draw_batch, images, indices, schedule, key, *place, accelerator))
             if len(waiting) > AHEAD:
-                yield _sent(waiting.popleft().result(), accelerator.device)
+                yield waiting.popleft().result().to(accelerator.device)
         while waiting:
-            yield _sent(waiting.popleft().result(), accelerator.device)
+            yield waiting.popleft().result().to(accelerator.device)
     finally:
         pool.shutdown(cancel_futures=True)

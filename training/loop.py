@@ -189,7 +189,8 @@ def train(
     if first >= last or (saved and saved.step >= last and last < total):
         return  # the next call's part of the schedule has begun
     task.to(accelerator.device, memory_format=task.memory_format).train()
-    flops = count_flops(task, draw_batch(images, indices, schedule, key, first, 0, accelerator, rows=2))
+    two = draw_batch(images, indices, schedule, key, first, 0, accelerator, rows=2)
+    flops = count_flops(task, two.to(accelerator.device))
     optimizer = make_optimizer(task, schedule)
     step = first
     if saved:

@@ -15,12 +15,13 @@ from torch import nn
 
 from . import backbone as B
 from . import clusters, images, longer, peaks, proxies, records, relearn, report
+from .batches import draw_batch
 from .extraction import plain_batch
 from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, refuse_other, write_json, write_text
 from .folders import escape
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
-from .loop import Context, draw_batch, steps_of
+from .loop import Context, steps_of
 from .memory import bound
 from .operations import dead_taps, suited
 from .recipe import READS, Data, Proxy, Recipe, Schedule, phase_fields, to_yaml
@@ -281,7 +282,8 @@ def refuse(recipe: Recipe, train: Images, network: nn.Module, accelerator: Accel
         key, indices = Key(recipe.seed, "proxy"), train.train
 
         def step() -> None:
-            task.train().to(accelerator.device)(draw_batch(train, indices, settings, key, 0, 0, accelerator))
+            batch = draw_batch(train, indices, settings, key, 0, 0, accelerator)
+            task.train().to(accelerator.device)(batch.to(accelerator.device))
 
         check_norms(settings, processes, step, "proxy.")
 

@@ -1,5 +1,6 @@
 """Tasks: what the loop trains. A batch in, a loss and metrics out."""
 
+import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,11 +26,11 @@ class Batch:
     """What a task is given.
 
     Attributes:
-        pixels: [B, 3, H, W] uint8, on the device; whole pictures.
+        pixels: [B, 3, H, W] uint8; whole pictures. On the device, once `to` was called.
         sizes: [B, 2] int64 on the CPU, height and width of each, px: so many of its first rows and columns.
         indices: [B] int64 on the CPU, where the images stand in their split.
         step_indices: [n] int64 on the CPU, those of the whole step, over all processes and micro-batches.
-        labels: [B] int64 on the device, -1 where unknown; None without labels.
+        labels: [B] int64 where the pixels are, -1 where unknown; None without labels.
         draws: the step's random stream, of which this batch has its rows.
         step: steps of the schedule that are done.
         total: all of them.
@@ -43,6 +44,11 @@ class Batch:
     draws: views.Draws
     step: int
     total: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same with pixels and labels on a device, which need not have arrived yet."""
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return dataclasses.replace(self, pixels=self.pixels.to(device, non_blocking=True), labels=labels)
 
 
 class Task(nn.Module):
