@@ -26,7 +26,8 @@ def test_a_missed_goal_is_named_and_ends_in_1(tmp_path):
 def test_steps_and_input_are_measured():
     names = [row["name"] for part in (benchmark.step, benchmark.gathering) for row in part(benchmark.TINY)]
     assert names[0] == "loop over a bare step, CNN 32 px"
-    assert len(names) == 1 + len(benchmark.devices())
+    assert names[len(benchmark.devices())] == "chosen precision and format over the best, mobilenetv3_small_100"
+    assert len(names) == 1 + 2 * len(benchmark.devices())
 
 
 def test_an_unknown_part_is_refused():

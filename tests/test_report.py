@@ -48,6 +48,16 @@ def test_tables_show_the_last_round_of_each_arm():
     assert markdown.splitlines()[1] == "|---|---:|---:|---:|"
 
 
+def test_what_a_table_shows_is_told_under_the_first_of_its_kind():
+    _, found = report.run_tables(a_run(), "sslpp")
+    told = list(report.explained(found))
+    assert [part[0] for part in told] == list("|*|*||*|*")  # the second table of neighbours has nothing to add
+    assert told[-2].startswith("| RankMe")
+    assert told[-1].startswith("*How many dimensions")
+    unlabelled = [{**r, "protocol": "rankme"} for r in a_run()]
+    assert not any("classifier" in part for part in report.explained(report.run_tables(unlabelled, "sslpp")[1]))
+
+
 def test_the_held_out_part_is_shown_where_there_is_no_test_split():
     rows = [{**r, "split": "val"} for r in a_run()]
     assert report.split_of(rows) == "val"

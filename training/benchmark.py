@@ -3,15 +3,16 @@
 A ratio is the peer's CPU seconds over ours (on a GPU, seconds), the median over rounds with its quartiles; goals are in
 hub_configs/goals.yaml. The peers are in the extra `benchmark`.
 
-step      the loop, with its views, over a bare step on ready ones.
+step      the loop, with its views, over a bare step on ready ones; a run's precision and memory format over the best.
 input     batches gathered from pixels over torch's DataLoader.
 views     over lightly's, torchvision's and kornia's.
 kmeans    over faiss: equal rows, and as many iterations as reach faiss's inertia.
 evaluate  nearest neighbours over faiss, the linear probe over scikit-learn.
 growth    twice the rows or clusters over once.
-start     what --help imports over --help.
+start     what --help imports over --help; imports and five seconds over a run's first step, on 10,000 images.
 """
 
+import itertools
 import resource
 import subprocess
 import sys
@@ -24,8 +25,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 import yaml
+from PIL import Image
 from torch.nn.functional import normalize
 
 from . import backbone as B
@@ -37,6 +40,7 @@ from .files import Failed, Refused
 from .images import Images
 from .kmeans import kmeans
 from .launch import Key
+from .operations import suited
 from .pixels import Pixels
 from .recipe import Model, Views
 
@@ -65,6 +69,13 @@ class Size:
     sides: tuple[int, ...] = (32, 64, 224)
 
 
+NETWORKS = [
+    ("mobilenetv3_small_100", 96),
+    ("tf_efficientnet_lite0", 96),
+    ("convnext_atto", 96),
+    ("resnet18", 96),
+    ("vit_tiny_patch16_224", 224),
+]
 TINY = Size(rounds=2, images=4, rows=8, k=(20,), bank=300, sides=(32,))
 Row = dict[str, Any]
 
@@ -126,6 +137,10 @@ def step(size: Size) -> Iterator[Row]:
         for device in devices():
             kind = "ViT" if model.startswith("vit") else "CNN"
             yield row(f"loop over a bare step, {kind} {side} px", _steps(model, side, size, device), device)
+    for model, side in NETWORKS[: None if size != TINY else 1]:
+        for device in devices():
+            name = f"chosen precision and format over the best, {model}"
+            yield row(name, _choices(model, side, size, device), device)
 
 
 def _steps(model: str, side: int, size: Size, device: str) -> list:
@@ -149,6 +164,29 @@ def _steps(model: str, side: int, size: Size, device: str) -> list:
             times.append((peer, ours))
         drawn.close()
     return times[2:]
+
+
+def _choices(model: str, side: int, size: Size, device: str) -> list:
+    """Times of a bare step in the best of fp32 and bf16, contiguous and channels last, and in what a run chooses."""
+    count = max(4, size.images * 32**2 // side**2)
+    x, network = torch.rand(count, 3, side, side, device=device), B.create(Model(model), side).to(device).train()
+    layout, served = suited(network, side)
+    chosen = launch.resolve_precision("auto", served), layout
+    ways = list(itertools.product(("fp32", "bf16"), (torch.contiguous_format, torch.channels_last)))
+    times: dict[tuple, list] = {way: [] for way in {*ways, chosen}}
+
+    def bare(precision: str, layout: torch.memory_format) -> None:
+        half = torch.float16 if precision == "fp16" else torch.bfloat16
+        with torch.autocast(device, half, enabled=precision != "fp32"):
+            loss = network(x.contiguous(memory_format=layout)).float().square().mean()
+        loss.backward()
+
+    for _ in range(size.rounds + 1):
+        for way in times:
+            network.to(memory_format=way[1])
+            times[way].append(seconds(device, partial(bare, *way)))
+    best = min(times, key=lambda way: np.median([wall for _, wall in times[way][1:]]))
+    return list(zip(times[best][1:], times[chosen][1:], strict=True))
 
 
 def gathering(size: Size) -> Iterator[Row]:
@@ -279,6 +317,22 @@ def growth(size: Size) -> Iterator[Row]:
         yield {**found, **{key: 2 * found[key] for key in ("ratio", "low", "high")}}
 
 
+def first_step(folder: Path, out: Path, count: int) -> tuple[float, float]:
+    """CPU seconds and seconds of a run on `count` images of 32 px until its first step is done; then it is killed."""
+    for i, picture in enumerate(pictures(count, 32, 32).pixels.stacked):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    told = f"--data.path {folder} --run {out} --data.size 32 --log.every 1"
+    arguments = f"--model.name resnet18 --clusters.k [10] --relearn.batch_size 8 --proxy.batch_size 8 {told}"
+    began, log = time.perf_counter(), out / "metrics.jsonl"
+    command, quiet = [sys.executable, "-m", "training", *arguments.split()], subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=GOALS.parent.parent, stdout=quiet, stderr=quiet) as run:
+        while run.poll() is None and not (log.exists() and log.stat().st_size):
+            time.sleep(0.01)
+        wall, cpu = time.perf_counter() - began, psutil.Process(run.pid).cpu_times()
+        run.kill()
+    return cpu.user + cpu.system, wall
+
+
 def start(size: Size) -> Iterator[Row]:
     def spent(*command: str) -> tuple[float, float]:
         before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -288,6 +342,12 @@ def start(size: Size) -> Iterator[Row]:
 
     imports = "-c", "import torch, timm, accelerate, datasets"
     yield row("imports over --help", [(spent(*imports), spent("-m", "training", "--help")) for _ in range(size.rounds)])
+    times = []
+    for _ in range(1 + size.rounds // 3):
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
+            cpu, wall = spent(*imports)
+            times.append(((cpu + 5, wall + 5), first_step(Path(folder), Path(out), size.bank // 2)))
+    yield row("imports and 5 s over the first step", times)
 
 
 PARTS: dict[str, Callable[[Size], Iterator[Row]]] = {

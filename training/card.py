@@ -53,9 +53,7 @@ def page(
         "## What it is",
         what(made, records, own, images),
         "## What was measured",
-        protocols(recipe),
-        report.gain(records, arm),
-        *(report.as_markdown(lines) for _, lines in report.tables(records, ["random", "proxy_short", arm])),
+        *measured(records, arm, recipe),
         *comparison(compared),
         *(f"![{caption}](report/{name}.png)\n\n*{caption}.*" for name, caption in shown.items()),
         "## Limits",
@@ -181,20 +179,14 @@ python -m training.finetune {model} --data.path DATA
 ```{also}"""
 
 
-def protocols(recipe: Recipe) -> str:
-    """What the figures are."""
+def measured(records: report.Records, arm: str, recipe: Recipe) -> list[str]:
+    """What it gained, and the tables with what each of them shows."""
+    arms, found = report.run_tables(records, arm, short=True)
     held = f"a held-out {recipe.data.held_out:.0%} of the training images"
-    asked = proxies.find(recipe.proxy.name).specific
-    residue = (
-        f"""*residue*: a linear probe
-that reads {asked}, where less means that less of the proxy task is left; """
-        if asked
-        else ""
-    )
-    return f"""All on frozen features, means over positions. *linear*: logistic regression to convergence, its
-regularisation chosen on {held}; *nearest neighbours*: cosine-weighted votes (Wu et al. 2018); {residue}*RankMe*:
-effective rank of the features. `random` is the untrained network, `proxy_short` the backbone that relearning started
-from."""
+    told = f"On frozen features, means over positions; what a protocol chooses, it chooses on {held}."
+    if asked := proxies.find(recipe.proxy.name).specific:
+        told += f" The proxy task's own answer is {asked}."
+    return [report.gain(records, arm), f"{told} {report.rows_explained(arms)}", *report.explained(found)]
 
 
 def comparison(records: report.Records) -> list[str]:

@@ -4,7 +4,7 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,33 @@ TITLES = {
     "residue": "residue, top-1 % (lower: less of the proxy is left)",
     "rankme": "RankMe (effective rank)",
 }
+ROWS = {
+    "random": "the untrained network",
+    "proxy_short": "what relearning started from, after the proxy task or by weights that were given",
+    "sslpp": "the backbone after relearning",
+}
+# What a table shows, by how its title begins, for somebody who reads it for the first time.
+LEGENDS = {
+    "linear probe, top-1": "The features are frozen, and a linear classifier is fitted on those of labelled training "
+    "images: the share of images that it gets right. A stage is a group of the network's layers, by its index in timm; "
+    "pooled is what the model returns.",
+    "linear probe, mean": "The same with every class counting as much, since some have more images than others.",
+    "nearest neighbours, top-1": "Without a classifier: the k training images with the nearest features vote.",
+    "residue": "How well such a classifier still tells the proxy task's own answer, which is of no use afterwards.",
+    "RankMe": "How many dimensions features spread over (Garrido et al., ICML 2023); fewer may mean that some is lost.",
+    "linear probe on few": "As with few labels; ±: standard deviation over five draws of the labelled images.",
+    "without labels": "From two strongly changed views of each held-out image. Retrieval: how often one finds the "
+    "other among all. Stability: how far two clusterings agree, by other seeds or of the two views, from 0 to 1. "
+    "Alignment: squared distance of the two views. Uniformity: how evenly images lie, lower is more. Spread: 1 is "
+    "even, 0 is all in one place.",
+    "pseudo-labels": "Clusters that were relearned from. Agreement: normalised mutual information (NMI), from 0, "
+    "chance, to 1, the same, of two clusterings by other seeds or views; nmi: of clusters and classes; purity: the "
+    "share of images whose class is the most frequent of their cluster; inertia: how far images lie from centroids.",
+}
 SENTENCE = 40  # characters; a figure has fewer
 EVERY = (*TITLES, "transfer")  # protocols that are measured by stage
 PICTURES = {
-    "stages": "What frozen features tell by stage of the network, and how much of the proxy task is left in them",
+    "stages": "What frozen features tell by stage of the network; a residue is what is left in them of the proxy task",
     "arms": "sslpp minus each arm of the comparison; bars: 95 % intervals over seeds; green: better, red: worse",
     "lowshot": "Accuracy on few labelled images of each class; bars: standard deviation over five draws",
     "neighbours": "Held-out images, drawn at random, and their nearest training images, before and after relearning",
@@ -176,6 +199,37 @@ def as_markdown(lines: Table) -> str:
     return "\n".join([head, "|" + "|".join("---" if words else "---:" for words in in_words(lines)) + "|", *body])
 
 
+def rows_explained(arms: Collection[str]) -> str:
+    """What the rows of a run's tables are."""
+    return f"The rows: {'; '.join(f'`{name}`, {ROWS[name]}' for name in arms if name in ROWS)}."
+
+
+def run_tables(records: Records, arm: str, short: bool = False) -> tuple[list[str], list[Table]]:
+    """A run's arms, and its tables by stage and of pooled features; `short`, without transfer and few labels.
+
+    Without labels the scores come first that need none.
+    """
+    arms = [name for name in ("random", "proxy_short", arm) if any(r["arm"] == name for r in records)]
+    by_stage = [lines for _, lines in tables(records, arms, TITLES if short else EVERY)]
+    if not is_labelled(records):
+        return arms, pooled_tables(records, arms) + by_stage
+    return arms, by_stage if short else by_stage + pooled_tables(records, arms)
+
+
+def is_labelled(records: Records) -> bool:
+    """Whether anything was measured by classes."""
+    return any(row["protocol"] in ("linear", "knn") for row in records)
+
+
+def explained(found: list[Table]) -> Iterator[str]:
+    """Tables for Markdown, and under the first of each kind what it shows."""
+    left = dict(LEGENDS)
+    for lines in found:
+        yield as_markdown(lines)
+        for begin in [begin for begin in left if lines[0][0].startswith(begin)]:
+            yield f"*{left.pop(begin)}*"
+
+
 # What pooled features are judged by: the probes, and where there are no labels the score that agrees best with them.
 PROBES = {"linear": ("linear", "top1"), "nearest neighbours": ("knn", "top1")}
 WITHOUT_LABELS = {LEADING: ("label_free", LEADING)}
@@ -264,10 +318,7 @@ def pictures(folder: Path, names: Collection[str]) -> list[str]:
 
 def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) -> str:
     """Write report.md; the text for the screen."""
-    arms = [name for name in ("random", "proxy_short", arm) if any(r["arm"] == name for r in records)]
-    by_stage, of_pooled = [lines for _, lines in tables(records, arms, EVERY)], pooled_tables(records, arms)
-    labelled = any(row["protocol"] in ("linear", "knn") for row in records)
-    found = by_stage + of_pooled if labelled else of_pooled + by_stage
+    arms, found = run_tables(records, arm)
     if len(pseudo := cluster_table(records, arm)) > 1:
         found.append(pseudo)
     code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
@@ -275,9 +326,9 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     bad = worse(records, arm, recipe.relearn.export)
     parts = [f"# {plain(folder.name)}", *([bad] if bad else []), gain(records, arm)]
     parts.append(f"The images: {plain(splits_line(account))}.")
-    first = [] if labelled else ["neighbours", "clusters"]  # they tell more than scores
-    parts += [*pictures(folder, first), "## Tables", *map(as_markdown, found)]
-    parts += pictures(folder, [name for name in PICTURES if name not in first])
+    first = [] if is_labelled(records) else ["neighbours", "clusters"]  # they tell more than scores
+    parts += pictures(folder, [*first, *(name for name in PICTURES if name not in first)])
+    parts += ["## Tables", rows_explained(arms), *explained(found)]
     parts.append(f"## Use it\n\n{fenced(code, 'python')}")
     parts.append("Figures are in records.jsonl, the recipe in recipe.yaml.")
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
