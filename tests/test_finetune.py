@@ -358,6 +358,12 @@ def test_mixing_averaging_and_freezing_resume_too(options, backbone, picture_fol
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_weights_that_are_random_have_no_statistics_to_keep(backbone, tmp_path):
+    done = call(T.main, backbone, *TINY, "--scratch", "true", "--norm", "stored", "--data.path", tmp_path)
+    assert done.returncode == 2
+    assert "error: norm: batch norms that begin at random" in done.stderr
+
+
 def test_from_scratch_the_weights_are_random_but_repeat_by_seed(backbone, picture_folder, tmp_path):
     hashes = []
     for number, seed in enumerate((1, 1, 2)):

@@ -71,6 +71,16 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_heads(tiny, context):
     assert all(torch.allclose(a, b.to(a.dtype), atol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize(("reinit", "norm"), [("none", "stored"), ("high", "stored"), ("none", "batch")])
+def test_norms_that_are_stored_keep_the_statistics_that_they_came_with(tiny, context, reinit, norm):
+    low = B.low_names(network(), 2, 16)
+    start, result = go(tiny, context, reinit=reinit, norm=norm)
+    norms = {name for name in start if "running_" in name}
+    kept = set() if norm == "batch" else norms & low if reinit == "high" else norms
+    assert moved(start, result, norms) == norms - kept  # new ones have to find theirs
+    assert moved(start, result, {name.replace("running_mean", "weight") for name in norms if "mean" in name})
+
+
 def test_the_loss_of_a_step_does_not_depend_on_how_it_is_split(tiny, context):
     labels = pseudo_labels(tiny)
     labels[tiny.train[::3]] = -1

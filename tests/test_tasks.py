@@ -276,6 +276,10 @@ def test_byol(images, teacher, context):
     for step, decay in ((0, 0.9), (5, 0.95), (10, 1.0)):
         task.after_step(step, 10)
         assert task.target.decay == pytest.approx(decay)
+    for stored in (False, True):
+        task.stored = stored
+        norms = [module for module in task.train().target.module[0].modules() if hasattr(module, "running_mean")]
+        assert [norm.training for norm in norms] == [not stored] * len(norms)
 
 
 def test_barlow_twins_sees_two_views(images, teacher, context):

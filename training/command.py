@@ -20,6 +20,7 @@ from .recipe import Data, Proxy, Recipe, Running, Schedule
 
 MISSING = "MODEL is missing: name a model's folder, such as runs/mine/hub, or any name that timm loads with weights"
 
+NO_STATISTICS = "batch norms that begin at random have no stored statistics to normalise by"
 
 # What people set of a recipe: what --help shows.
 USUAL = (
@@ -268,6 +269,10 @@ def check(recipe: Recipe) -> None:
     check_data(recipe.data)
     for phase in ("proxy", "relearn"):
         check_schedule(getattr(recipe, phase), f"{phase}.")
+    if recipe.proxy.norm == "stored" and recipe.proxy.epochs and not recipe.model.pretrained:
+        raise Refused(f"proxy.norm: {NO_STATISTICS}; start from weights, model.pretrained, or leave it at batch.")
+    if recipe.relearn.norm == "stored" and recipe.relearn.reinit == "all":
+        raise Refused(f"relearn.norm: {NO_STATISTICS}, as relearn.reinit all makes all of them; leave it at batch.")
     if recipe.relearn.epochs == 0:
         raise Refused("relearn.epochs: 0 leaves nothing to relearn; give at least a part of an epoch.")
     if not recipe.clusters.k:

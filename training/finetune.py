@@ -14,6 +14,7 @@ from . import backbone as B
 from . import inputs, launch, longer, records, report
 from .classifier import Classify, Finetune, head_names
 from .command import (
+    NO_STATISTICS,
     Parser,
     as_timm_names,
     asked,
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = Finetune(**{f.name: made[f.name] for f in dataclasses.fields(Finetune) if f.name in made})
     check_data(settings.data)
     check_schedule(settings)
+    if settings.scratch and settings.norm == "stored":
+        raise Refused(f"norm: {NO_STATISTICS}; leave it at batch where you start from scratch.")
     with launch.StopSignals() as stop:
         finetune(name, settings, stop)
 

@@ -163,6 +163,9 @@ class Schedule:
     """Width of the disposable MLP."""
     ema: BelowOne = 0.0
     """Decay per step of averaged weights that become the result; 0 averages nothing."""
+    norm: Literal["batch", "stored"] = "batch"
+    """What the batch norms of weights that were there before normalise by: each batch's statistics, which become
+    theirs, or the stored ones that they came with, which few images of one kind make worse."""
     views: Views = field(default_factory=Views)
 
 

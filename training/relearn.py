@@ -49,6 +49,8 @@ class Relearn(BackboneTask):
         super().__init__(backbone, settings, images, average_from=settled)
         self.low, self.low_norm, self.low_lr = low, settings.low_norm, settings.low_lr
         self.smoothing = settings.label_smoothing
+        if settings.reinit == "high":
+            self.fresh = {name for name, _ in backbone.named_buffers()} - low
         self.register_buffer("targets", labels, persistent=False)
         self.heads = nn.ModuleList(nn.Linear(self.width, count) for count in classes)
 

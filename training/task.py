@@ -130,6 +130,7 @@ class ViewTask(Task):
         super().__init__()
         self.network, self.views, self.size = network, schedule.views, images.size
         self.held, self.held_norm = set(), "eval"
+        self.stored, self.fresh = schedule.norm == "stored", set()
         self.memory_format = suited(network, images.size)[0]
         self.register_buffer("mean", torch.tensor(images.mean), persistent=False)
         self.register_buffer("std", torch.tensor(images.std), persistent=False)
@@ -149,7 +150,14 @@ class ViewTask(Task):
         super().train(mode)
         if mode:
             B.set_frozen_mode(self.network, self.held, self.held_norm)
+            self.store_norms(self.network)
         return self
+
+    def store_norms(self, network: nn.Module) -> None:
+        """Leave its batch norms the statistics that they have, if the schedule says so, but for new ones in `fresh`."""
+        for name, module in network.named_modules() if self.stored else ():
+            if isinstance(module, _BatchNorm) and f"{name}.running_mean" not in self.fresh:
+                module.eval()
 
     def see(self, batch: Batch, kind: Views | None = None, size: int | None = None) -> Tensor:
         """A random view of each image, [B, 3, size, size], float32 in [0, 1]; the schedule's at the working size if not

@@ -60,6 +60,7 @@ class BYOL(Proxy):
     def train(self, mode: bool = True) -> "BYOL":
         super().train(mode)
         self.target.train(mode)  # its batch norms see the batch, as published
+        self.store_norms(self.target.module[0])
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
