@@ -458,3 +458,13 @@ def test_without_a_recipe_one_that_fits_the_machine_is_taken_and_said(monkeypatc
         assert (made.model.name, made.data.size) == (own["model"]["name"], own["data"]["size"])
     for named in (["--config", "x.yaml"], ["--model.name=resnet18"], ["--proxy.name", "byol"], ["--help"]):
         assert fitting(named) == named
+
+
+def test_weights_that_exist_take_the_recipe_for_them(capsys):
+    lent = ["--model.name", "resnet18.a1_in1k", "--model.pretrained", "true", "--data.path", "photos"]
+    made = command.parse(fitting(lent))
+    assert "no --config: photos_adapt is taken, which is for weights that exist" in capsys.readouterr().out
+    assert (made.model.name, made.proxy.epochs, made.relearn.norm) == ("resnet18.a1_in1k", 0, "stored")
+    assert fitting(["--config", "x.yaml", *lent])[:2] == ["--config", "x.yaml"]
+    assert fitting([*lent, "--model.pretrained=false"])[-1] == "--model.pretrained=false"
+    assert not capsys.readouterr().out

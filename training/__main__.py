@@ -33,17 +33,23 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def fitting(arguments: Sequence[str]) -> list[str]:
-    """A command line, with a recipe for photographs that fits the machine where it names no recipe, network or task."""
+    """A command line, with a recipe for photographs where it names none: over weights that exist, the one for these;
+    with neither network nor task, one that fits the machine."""
     from .command import asked
 
-    wanted = any(asked(arguments, "--config", "--model.name", "--model.pretrained", "--proxy.name"))
-    if wanted or any(argument in ("-h", "--help", "--help_all") for argument in arguments):
+    if any(asked(arguments, "--config")) or any(argument in ("-h", "--help", "--help_all") for argument in arguments):
         return list(arguments)
-    import torch
+    lent = [value for _, value in asked(arguments, "--model.pretrained")]
+    if lent and lent[-1].lower() == "true":
+        name, why = "photos_adapt", "is for weights that exist"
+    elif any(asked(arguments, "--model.name", "--model.pretrained", "--proxy.name")):
+        return list(arguments)
+    else:
+        import torch
 
-    name = "photos_resnet50" if torch.cuda.is_available() else "photos_small"
+        name, why = "photos_resnet50" if torch.cuda.is_available() else "photos_small", "fits this machine"
     if os.environ.get("RANK", "0") == "0":
-        print(f"no --config: {name} is taken, which fits this machine; {CONFIGS.name}/ has others", flush=True)
+        print(f"no --config: {name} is taken, which {why}; {CONFIGS.name}/ has others", flush=True)
     return ["--config", str(CONFIGS / name / "recipe.yaml"), *arguments]
 
 
