@@ -96,3 +96,12 @@ def test_random_is_untrained_even_where_the_others_start_from_weights():
     base = method(model__pretrained="true", proxy__epochs="0")
     assert not A.build("random", base, COUNTS).model.pretrained
     assert A.build("sslpp", base, COUNTS).model.pretrained
+
+
+def test_no_arm_keeps_statistics_where_it_starts_anew():
+    lent = {"model__pretrained": "true", "proxy__norm": "stored", "relearn__norm": "stored", "relearn__reinit": "none"}
+    for arm in A.ARMS:
+        made = A.build(arm, method(**lent), COUNTS)
+        command.check(made)
+        assert made.relearn.norm == ("batch" if made.relearn.reinit == "all" else "stored")
+        assert made.proxy.norm == "stored"

@@ -100,7 +100,7 @@ def proxy(recipe: Recipe, counts: Counts) -> None:
 @arm("#1f4e79")
 def other_proxy(recipe: Recipe, counts: Counts) -> None:
     """Another proxy task from the same start, given the whole budget."""
-    whole, same = budget(recipe, counts), {"batch_size": recipe.proxy.batch_size}
+    whole, same = budget(recipe, counts), {"batch_size": recipe.proxy.batch_size, "norm": recipe.proxy.norm}
     recipe.proxy = proxies.settings(counts.other, **same)
     lengthen(recipe.proxy, whole, counts)
     recipe.relearn.rounds = 0
@@ -113,7 +113,7 @@ def clusterfit(recipe: Recipe, counts: Counts) -> None:
     clusters, relearn = recipe.clusters, recipe.relearn
     clusters.stage, clusters.whiten, clusters.average = -1, 0, "none"
     clusters.k = [sorted(clusters.k)[len(clusters.k) // 2]]
-    relearn.rounds, relearn.reinit, relearn.keep, relearn.settle = 1, "all", 0.0, 0.0
+    relearn.rounds, relearn.reinit, relearn.norm, relearn.keep, relearn.settle = 1, "all", "batch", 0.0, 0.0
     relearn.mlp_layers, relearn.ema, relearn.label_smoothing, relearn.drop = 0, 0.0, 0.0, 0.0
     lengthen(relearn, whole - images_of(recipe.proxy, counts) - clustering_images(recipe, counts, 1), counts)
 
@@ -122,7 +122,7 @@ def clusterfit(recipe: Recipe, counts: Counts) -> None:
 def scratch(recipe: Recipe, counts: Counts) -> None:
     """sslpp's labels, head and views; every layer from random."""
     relearn = recipe.relearn
-    relearn.reinit, relearn.keep, relearn.settle, relearn.low_lr = "all", 0.0, 0.0, 1.0
+    relearn.reinit, relearn.norm, relearn.keep, relearn.settle, relearn.low_lr = "all", "batch", 0.0, 0.0, 1.0
 
 
 @arm("#3a923a")
@@ -154,7 +154,7 @@ def supervised(recipe: Recipe, counts: Counts) -> None:
     whole = budget(recipe, counts)
     recipe.clusters.source, recipe.proxy.epochs = "labels", 0.0
     relearn = recipe.relearn
-    relearn.rounds, relearn.reinit, relearn.keep, relearn.drop = 1, "all", 0.0, 0.0
+    relearn.rounds, relearn.reinit, relearn.norm, relearn.keep, relearn.drop = 1, "all", "batch", 0.0, 0.0
     relearn.settle, relearn.low_lr = 0.0, 1.0
     lengthen(relearn, whole, counts)
 

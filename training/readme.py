@@ -2,11 +2,12 @@
 
 Tables, and a verdict's sentences, stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. ``finetune`` is made
 from ``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it; ``backbones`` from those
-of all the backbones of the package that its pattern matches.
+of all the backbones of the package that its pattern matches, ``gains`` from those of all recipes.
 """
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -51,16 +52,30 @@ ARMS = {"random": "untrained", "proxy_short": "proxy task", "sslpp": "SSL++"}
 PROBES = {"linear": {"protocol": "linear"}, "kNN": {"protocol": "knn", "k": 20}}
 
 
+HEADS = [f"{probe}, {arm}" for probe in PROBES for arm in ARMS.values()]
+
+
+def gained(rows: contrast.Records) -> list[str]:
+    """Pooled features on the test split, for `HEADS`: untrained, after the proxy task, after SSL++."""
+    pick = partial(records.value, rows, stage="pooled", split="test", metric="top1")
+    found = [pick(arm=arm, **fields) for fields in PROBES.values() for arm in ARMS]
+    return ["" if value is None else f"{100 * value:.1f}" for value in found]
+
+
+def gains_table(configs: Path, pattern: str) -> list[list[list[str]]]:
+    """What runs of the recipes in folders of that pattern gained, each on its own images."""
+    lines = [["recipe", "images", *HEADS]]
+    for path in sorted(configs.glob(f"{pattern}/**/records.jsonl")):
+        rows = records.read(path)
+        lines.append([str(path.parent.relative_to(configs)), records.data_of(rows[0]), *gained(rows)])
+    return [lines]
+
+
 def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
-    """Pooled features of the package's backbones on the test split: untrained, after the proxy task, after SSL++."""
-    heads = [f"{probe}, {arm}" for probe in PROBES for arm in ARMS.values()]
-    lines = [["backbone", "parameters", "px", *heads]]
+    """The package's backbones, and what they gained."""
+    lines = [["backbone", "parameters", "px", *HEADS]]
     for name in timm.list_pretrained(pattern):
-        rows, cells = records.read(configs / name / "records.jsonl"), []
-        for fields in PROBES.values():
-            for arm in ARMS:
-                found = records.value(rows, arm=arm, stage="pooled", split="test", metric="top1", **fields)
-                cells.append("" if found is None else f"{100 * found:.1f}")
+        cells = gained(records.read(configs / name / "records.jsonl"))
         network = timm.create_model(name)
         count = sum(parameter.numel() for parameter in network.parameters())
         size = network.pretrained_cfg["input_size"][-1]
@@ -81,6 +96,7 @@ TABLES = {
     "agreement": of(lambda rows: [agreement.agreement(rows, probe) for probe in agreement.PROBES]),
     "finetune": of(finetune_table, "finetune.jsonl"),
     "backbones": backbones_table,
+    "gains": gains_table,
 }
 
 
