@@ -359,6 +359,8 @@ def test_proxy_weights_may_come_from_a_folder_and_phase_1_may_be_left_out(finish
     )
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert {row["phase"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")} == {"relearn"}
+    # What made them is not known, and so not what of it is left.
+    assert "residue" not in {row["protocol"] for row in records.read(tmp_path / "run" / "records.jsonl")}
     config = json.loads((tmp_path / "run" / "hub" / "config.json").read_text())
     assert config["architecture"] == "test_resnet"
 

@@ -292,8 +292,11 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     this.context.say(f"measuring {arm}" + (f", round {number}" if number else "") + again)
     this.accelerator.wait_for_everyone()  # every process has looked before the main one writes
     network = this.on_device(B.load(folders[-1]) if folders else this.untrained())
-    over = Over((this.train, this.test), proxies.residue(this.recipe.proxy), this.recipe.relearn.views, this.transfer)
-    found = evaluate(network, this.recipe.evaluate, over, this.context)
+    recipe = this.recipe
+    # Weights from elsewhere were made by no proxy task that we know of.
+    residue = () if recipe.model.pretrained and not recipe.proxy.epochs else proxies.residue(recipe.proxy)
+    over = Over((this.train, this.test), residue, recipe.relearn.views, this.transfer)
+    found = evaluate(network, recipe.evaluate, over, this.context)
     if this.main:
         markers = [folder / f"{name}.json" for folder in folders for name in READS]
         made = [read_json(marker, "budget") for marker in markers if marker.exists()]
