@@ -35,6 +35,8 @@ def test_metrics_are_read_off_the_stages():
     assert values["linear drop"] == pytest.approx(2)
     assert values["knn pooled"] == pytest.approx(52)
     assert values["residue pooled"] is None
+    turned = [{**r, "protocol": "residue"} for r in rows() if (r["arm"], r["protocol"]) == ("sslpp", "linear")]
+    assert [line[-1] for line in contrast.summary(rows() + turned, "test")] == ["residue", "62.0", "", ""]
 
 
 def test_differences_are_paired_by_seed():

@@ -134,6 +134,9 @@ def test_statistics_are_of_the_training_images(folder):
     assert np.allclose(found.mean, values.mean((0, 2, 3)), atol=1e-4)
     assert np.allclose(found.std, values.std((0, 2, 3), unbiased=False), atol=1e-4)
     assert found.crop_pct == 12 / 14
+    for path in found.paths:
+        write_png(folder / "data" / path, np.full((14, 14, 3), 7))
+    assert np.allclose(load(folder).std, 1 / 255, atol=1e-4)  # of one grey: what rounding leaves unknown
 
 
 def test_parquet_files_and_folders_of_them_with_and_without_labels(tmp_path):

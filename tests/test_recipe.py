@@ -10,6 +10,7 @@ from training import command, recipe, usage
 from training.__main__ import main
 from training.files import Refused
 from training.limits import PositiveFloat, PositiveInt, Stage
+from training.proxies import PROXIES
 
 
 def parse(*arguments):
@@ -23,6 +24,14 @@ def test_a_recipe_reads_back_as_it_was_written(tmp_path):
     assert command.parse(["--config", str(path)]) == made
     assert made.model.args == {"output_stride": 8}
     assert made.clusters.k == [7, 9]
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_each_tasks_defaults_are_values_that_are_taken(name, tmp_path):
+    made = parse("--proxy.name", name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(made))
+    assert command.parse(["--config", str(path)]) == made
 
 
 def test_the_command_line_overrides_the_file(tmp_path):

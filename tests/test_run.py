@@ -39,6 +39,9 @@ def test_a_folder_of_images_becomes_a_run_folder(finished):
     } <= names  # fmt: skip
     assert not [name for name in names if ".tmp" in name or ".old" in name]
     assert len(list((folder / "checkpoints").iterdir())) == 2
+    told = read_json(folder / "data.json")
+    assert (told["images"], told["test"]["images"]) == (48, 16)
+    assert len(told["fingerprint"]) == len(told["test"]["fingerprint"]) == 64
     first, second, third = done.stdout.splitlines()[:3]
     assert first == "train: training (48 read); test: test (16 read)"
     assert re.search(
