@@ -17,6 +17,7 @@ from tests.conftest import ROOT, TINY_RUN, call
 from training import arms as A
 from training import command, compare, contrast, records
 from training.files import Diverged, read_json
+from training.proxies import __main__ as tasks
 
 ARMS = '["random","proxy","scratch","keep_high","sslpp"]'
 TINY = [
@@ -203,6 +204,13 @@ def test_what_is_wrong_is_refused(picture_folder, tmp_path, arguments, named):
     assert done.returncode == 2
     assert named in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_compared_where_nothing_is_said():
+    made = compare.command([])
+    assert made.get_default("arms") == [arm for arm in A.ARMS if arm != "other_proxy"]
+    assert made.get_default("seeds") == [0, 1, 2]
+    assert set(tasks.command([]).get_default("arms")) < set(A.ARMS)
 
 
 def test_an_arm_that_cannot_be_run_is_refused_before_any_other(picture_folder, tmp_path):

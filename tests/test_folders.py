@@ -309,6 +309,7 @@ def test_what_a_table_lists_and_nobody_finds_is_bad(tmp_path):
     train, test = read(root, labels=str(tmp_path / "t.csv"))
     assert by_path(train) == {"train/00.png": "a", "train/01.png": "b", "train/02.png": None}
     assert test.bad == [("test", "test/09.png", "listed, but missing")]
+    assert train.account["test"]["missing"] == 1
 
 
 def test_several_folders_are_one_and_their_classes_united_by_name(tmp_path):

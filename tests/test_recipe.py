@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from training import command, recipe, usage
+from training import command, finetune, recipe, usage
 from training.__main__ import main
 from training.files import Refused
 from training.limits import PositiveFloat, PositiveInt, Stage
@@ -174,6 +174,7 @@ def test_help_fits_on_a_screen_and_all_of_it_is_in_the_order_of_a_run(monkeypatc
     short, whole = said("--help"), said("--help_all")
     assert len(short.splitlines()) <= 40
     assert {"--data.path", "--run", "--model.name", "--relearn.epochs", "--help_all"} <= set(short.split())
+    assert re.search(r"^  MODEL +[A-Z]", usage.whole(finetune.command()), re.M)
     names = ("model.name", "data.path", "proxy.name", "clusters.k", "relearn.split", "log.every")
     order = [whole.index(f"  --{name}") for name in names]
     assert order == sorted(order)

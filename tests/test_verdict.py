@@ -106,3 +106,5 @@ def test_each_arm_and_seed_is_drawn_where_its_difference_lies(tmp_path, monkeypa
     accuracy, cost = kept["operations"].axes
     assert "billions" in cost.get_xlabel()
     assert [text.get_text() for text in accuracy.texts] == ["62.0", "60.0", "30.0"]
+    for count, said in ((2, "95 % interval"), (1, "no interval is known")):
+        assert said in charts.draw(tmp_path, [r for r in rows() if r["seed"] < count])["stages"]
