@@ -106,3 +106,11 @@ def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path):
     files.save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     (tmp_path / "b").write_text("")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_refused_run_leaves_what_others_have_put_beside_it(tmp_path):
+    with pytest.raises(files.Refused), files.nothing_left(tmp_path / "runs" / "mine"):
+        (tmp_path / "runs" / "mine").mkdir(parents=True)
+        (tmp_path / "runs" / "theirs").touch()
+        raise files.Refused("no")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["theirs"]
