@@ -1,5 +1,7 @@
 """Records, tables and figures."""
 
+import threading
+
 import pytest
 import torch
 from PIL import Image
@@ -34,6 +36,25 @@ def test_a_newer_record_of_the_same_thing_replaces_the_older(tmp_path):
     records.write(path, [record("a", 0, 0.1), record("a", 0, 0.2, "knn", k=20), record("a", 0, 0.3, "knn", k=200)])
     records.write(path, [record("a", 0, 0.5), record("a", 1, 0.6)])
     assert [r["value"] for r in records.read(path)] == [0.5, 0.2, 0.3, 0.6]
+    records.write(path, [record("a", 2, 0.7), record("a", 0, 0.4, "knn", k=20)], lambda r: r["protocol"] == "knn")
+    assert [r["value"] for r in records.read(path)] == [0.5, 0.7, 0.4, 0.6]  # no order depends on what was done again
+
+
+def test_two_that_add_records_at_once_lose_none(tmp_path, monkeypatch):
+    path, read = tmp_path / "records.jsonl", records.read
+    other = threading.Thread(target=lambda: records.write(path, [record("b", 0, 0.2)]))
+
+    def slow(path):
+        found = read(path)
+        if threading.current_thread() is not other and not other.ident:
+            other.start()
+            other.join(0.3)  # it would be done if nothing kept it from it
+        return found
+
+    monkeypatch.setattr(records, "read", slow)
+    records.write(path, [record("a", 0, 0.1)])
+    other.join()
+    assert [r["arm"] for r in read(path)] == ["a", "b"]
 
 
 def test_tables_show_the_last_round_of_each_arm():

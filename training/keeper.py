@@ -99,8 +99,8 @@ class Keeper:
                 found += [{**shared, **row, **spent} for row in rows]
                 self.context.say(f"{name}, {self.called(split)}: {100 * values['top1']:.2f} %")
         if self.context.main:
-            records.write(path, found)
-            found = [r for r in records.read(path) if r["recipe_sha256"] == found[0]["recipe_sha256"]]
+            made = found[0]["recipe_sha256"]
+            records.write(path, found, lambda r: r.get("recipe_sha256") == made)
             called = {split: self.called(split) for split in splits}
             licence = network.pretrained_cfg.get("license")
             whole = classifier_report.Told(model, found, train, learned, called, splits[-1], said, licence)

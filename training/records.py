@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .files import read_lines, write_lines
+from .files import alone, read_lines, refuse_out, write_lines
 
 # What makes two records figures of the same thing: a newer one replaces an older.
 IDENTITY = ("arm", "model", "task", "seed", "phase", "round", "stage", "protocol", "data", "split", "metric", "variant")
@@ -25,12 +25,30 @@ def read(path: Path) -> list[dict[str, Any]]:
     return read_lines(path)
 
 
+def check_out(path: Path) -> None:
+    """Refuse a file that records could not be added to, before they are measured.
+
+    Raises:
+        Refused: it cannot be written.
+        Failed: it is damaged.
+    """
+    refuse_out(path)
+    read(path)
+
+
 def write(
     path: Path, records: list[dict[str, Any]], replaces: Callable[[dict[str, Any]], bool] = lambda record: False
 ) -> None:
-    """Add records to a file; one of the same thing replaces an older one, and so do all what `replaces` tells."""
-    kept = {identity(record): record for record in read(path) if not replaces(record)}
-    write_lines(path, list((kept | {identity(record): record for record in records}).values()))
+    """Add records to a file; one of the same thing replaces an older one, and so do all what `replaces` tells.
+
+    They take the place of what they replace, so that what is measured again changes no order.
+    """
+    new = {identity(record): record for record in records}
+    with alone(path.parent):
+        rows = read(path)
+        place = next((number for number, record in enumerate(rows) if replaces(record)), len(rows))
+        before, after = ({identity(r): r for r in part if not replaces(r)} for part in (rows[:place], rows[place:]))
+        write_lines(path, list({**before, **new, **after, **new}.values()))
 
 
 def data_of(record: dict[str, Any]) -> str:

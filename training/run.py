@@ -16,6 +16,7 @@ from .evaluate import Over, evaluate
 from .evaluate.online import Online
 from .extraction import extract
 from .files import (
+    Failed,
     check_written,
     read_json,
     read_lines,
@@ -282,10 +283,11 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
     tests += [classes_fingerprint(split) for split in (this.train, this.test, *others) if split]
     tests += [split.fingerprint for split in others if split]
     recipe_sha256 = sha256_json([weights, *tests, *(reads(this, phase) for phase in made_by)])
-    known = [r for r in records.read(path) if r["arm"] == arm and r["round"] == number]
+    known = [r for r in records.read(path) if (r.get("arm"), r.get("round")) == (arm, number)]
     marker, name = this.folder / "measured.json", f"{arm} {number}"
     before = read_json(marker) if marker.exists() else {}
-    told = before.get(name, {})
+    told = before[name] if isinstance(before.get(name), dict) else {}
+    ours = (recipe_sha256, told.get("recipe_sha256", recipe_sha256))
     if known and told == {"recipe_sha256": recipe_sha256, "records": len(known), "sha256": sha256_json(known)}:
         return
     again = " again: its records are not those that were written" if told.get("recipe_sha256") == recipe_sha256 else ""
@@ -331,7 +333,8 @@ def measure(this: Run, arm: str, folders: list[Path]) -> None:
         own = over.data(source, "train")
         rows = [{**shared, **row, "data": over.data(row.pop("of", source), row["split"]), **cost} for row in found]
         rows = [row if row["protocol"] != "transfer" else {**row, "trained_on": own} for row in rows]
-        records.write(path, rows, lambda r: r["arm"] == arm and r["round"] == number)
+        # Also those that a damaged file has under another name.
+        records.write(path, rows, lambda r: r in known or r.get("recipe_sha256") in ours)
         told = {"recipe_sha256": recipe_sha256, "records": len(rows), "sha256": sha256_json(rows)}
         write_json(marker, {**before, name: told})
     this.accelerator.wait_for_everyone()
@@ -371,6 +374,8 @@ def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     }
     if this.main:
         rows = records.read(this.folder / "records.jsonl")
+        if not any(row.get("arm") == arm for row in rows):
+            raise Failed(f"{this.folder / 'records.jsonl'} has lost its records of {arm}; the same command makes them.")
         report.draw(this.folder, rows, arm, folders[-1])
         figures.neighbours(this.folder / "report" / "neighbours.png", found, this.train, shown)
         export.export(this.folder, folders, this.train, rows, this.recipe, arm, comparison)
