@@ -330,6 +330,7 @@ def test_a_card_that_the_hub_refuses_is_told_its_reason(hub, run):
         (lambda run: (run / "hub" / "config.json").write_text("{}"), "names no architecture"),
         (lambda run: (run / "hub" / "config.json").write_text("3"), "names no architecture"),
         (lambda run: (run / "hub" / "config.json").write_text('{"archi'), "names no architecture"),
+        (lambda run: (run / "hub" / "config.json").write_text('{"architecture": "test_vit"}'), "timm cannot build"),
     ],
 )
 def test_a_folder_that_was_not_exported_is_refused(hub, run, spoil, said):

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sslpp_models as sslpp_models  # registers the entrypoints
 
 from .extraction import features, plain_batch
-from .files import Failed, Refused, full_disk, reading, reason, save_tensors, sha256_file
+from .files import Failed, Refused, full_disk, read_json, reading, reason, save_tensors, sha256_file
 from .images import Images
 from .recipe import Model
 
 FILES = ("config.json", "model.safetensors")  # of a saved backbone
+WHITE = "white "  # begins the note of a pretrained_cfg that tells what more than 8 bits were scaled by
+WHITE_NOTE = re.compile(r"white \d+(\.\d+)?(e\+\d+)?|(?!white ).*", re.DOTALL)
+LARGEST_CROP = 2  # no weights of timm were trained with a crop_pct above 1.15
 
 
 def create(model: Model, size: int | None, pretrained: bool | None = None, head: bool = False) -> nn.Module:
@@ -39,6 +44,7 @@ def create(model: Model, size: int | None, pretrained: bool | None = None, head:
         Failed: its weights cannot be kept.
     """
     pretrained = model.pretrained if pretrained is None else pretrained
+    _check_config(model.name)
     args = model.args if head else {**model.args, "num_classes": 0}
     try:
         network = timm.create_model(model.name, pretrained=pretrained, **args)
@@ -57,20 +63,66 @@ def create(model: Model, size: int | None, pretrained: bool | None = None, head:
             features(network.eval(), torch.zeros(1, 3, size, size), stage_list(network))
     except Exception as error:
         raise Refused(f"model.name: {model.name} does not take images of data.size {size}: {error}") from error
+    _check_told(network, model.name)
+    if pretrained and (odd := next((n for n, p in network.named_parameters() if not p.isfinite().all()), None)):
+        raise Refused(f"model.name: the weights of {model.name} are damaged: {odd} is not finite.")
     return network
 
 
+def _check_config(name: str) -> None:
+    """Refuse a folder whose config.json is no model's; of one without any, timm says so.
+
+    Raises:
+        Refused: naming the file.
+    """
+    path = Path(name.removeprefix("local-dir:")) / "config.json"
+    if not name.startswith("local-dir:") or not path.exists():
+        return
+    try:
+        read_json(path, "architecture")
+    except (Failed, OSError) as error:
+        raise Refused(f"model.name: {path} names no architecture, so that timm could not load it.") from error
+
+
+def _check_told(network: nn.Module, name: str) -> None:
+    """Refuse a model that tells of its images or classes what cannot be, so that its answers would mean nothing.
+
+    Raises:
+        Refused: naming the entry of its config.
+    """
+    told, names = network.pretrained_cfg, network.pretrained_cfg.get("label_names")
+    notes, mean, std, crop_pct = (told.get(entry) for entry in ("notes", "mean", "std", "crop_pct"))
+    right = {
+        "mean": _numbers(mean, 3),
+        "std": _numbers(std, 3) and min(std) > 0,
+        "crop_pct": _numbers([crop_pct], 1) and 0 < crop_pct <= LARGEST_CROP,
+        "notes": not notes or (_texts(notes) and all(re.fullmatch(WHITE_NOTE, n) for n in notes)),
+        "label_names": not (network.num_classes and names) or (_texts(names) and len(names) == network.num_classes),
+    }
+    if wrong := [entry for entry, well in right.items() if not well]:
+        raise Refused(f"model.name: the config of {name} is damaged: {wrong[0]} cannot be {told.get(wrong[0])!r:.60}.")
+
+
+def _texts(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Whether these are so many finite numbers."""
+    listed = isinstance(values, list | tuple) and len(values) == count
+    return listed and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
 def _why_not(model: Model, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "Unknown model" in text:
-        near = difflib.get_close_matches(model.name.split(".")[0], timm.list_models(), 3)
-        return f"model.name: timm has no model {model.name!r}" + (f"; did you mean {', '.join(near)}?" if near else ".")
+    text = reason(error)
+    if unknown := re.search(r"Unknown model \((.+)\)", text):
+        name = unknown.group(1)
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
+        named = f"{model.name}: timm has no model {name!r}" if name not in model.name else f"timm has no model {name!r}"
+        return f"model.name: {named}" + (f"; did you mean {', '.join(near)}?" if near else ".")
     field = "model.args" if isinstance(error, TypeError) else "model.name"
     given = f" with {model.args}" if model.args else ""
-    return f"{field}: timm cannot build {model.name}{given}: {text[:300]}"
-
-
-WHITE = "white "  # begins the note of a pretrained_cfg that tells what more than 8 bits were scaled by
+    return f"{field}: timm cannot build {model.name}{given}: {text}"
 
 
 def white_of(network: nn.Module) -> float | None:

@@ -94,6 +94,7 @@ def collect(run: Path, repo: str, revision: str | None = None) -> Files:
             pass
     except (OSError, SafetensorError) as error:
         raise Refused(f"{folder / 'model.safetensors'} is no safetensors file: {error}.") from error
+    _check_loads(folder)
     more = [path for name in BESIDE if (path := folder / name).is_file()]
     pictures = sorted((folder / "report").glob("*.png"))
     told = (*(folder / name for name in NEEDED), *more, *pictures)
@@ -107,6 +108,21 @@ def collect(run: Path, repo: str, revision: str | None = None) -> Files:
     files["README.md"] = card.replace(REPOSITORY, repo).encode()
     files[SENT] = json.dumps({name: [git_sha1(file), sha256(file)] for name, file in files.items()}, indent=1).encode()
     return files
+
+
+def _check_loads(folder: Path) -> None:
+    """Refuse a model that nobody could load from the Hub.
+
+    Raises:
+        Refused: saying why.
+    """
+    from . import backbone as B  # once all is there that the rest of this module can tell
+    from .recipe import Model
+
+    try:
+        B.create(Model(f"local-dir:{folder}", pretrained=True), None, head=True)
+    except Refused as error:
+        raise Refused(str(error).removeprefix("model.name: ")) from error
 
 
 def changed_by_others(api: HfApi, repo: str, revision: str | None, names: Collection[str]) -> list[str]:
