@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,29 @@ def test_a_locked_folder_is_refused_until_its_holder_is_gone(tmp_path):
         files.lock_folder(tmp_path)
     held.close()
     files.lock_folder(tmp_path).close()
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "locked" / files.LOCK).mkdir(parents=True)
+    for name in ("file", "link", "file/x", "locked"):
+        with pytest.raises(files.Refused, match=f"{name} cannot be a run's folder: .*; choose another --run"):
+            files.lock_folder(tmp_path / name)
+
+
+def test_a_file_that_could_not_be_written_in_the_end_is_refused_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, why in ((".", "is a folder"), ("file/x.csv", "file is no folder"), ("file/y/x.csv", "file is no folder")):
+        with pytest.raises(files.Refused, match=f"--out: .*{why}"):
+            files.refuse_out(tmp_path / name)
+    files.refuse_out(tmp_path / "new" / "x.csv")
+    files.refuse_out(tmp_path / "file")
+
+
+def test_of_a_folder_that_could_not_be_copied_the_first_reason_is_told():
+    told = shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'"), ("c", "d", "[Errno 5] more")])
+    assert files.reason(told) == "No space left on device"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])

@@ -374,10 +374,15 @@ def main(arguments: Sequence[str]) -> None:
     given = command().read(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
         raise Refused(f"there is no part {wrong[0]!r}; there are {', '.join(PARTS)}.")
-    goals, size = (
-        yaml.safe_load(Path(given.goals).read_text(encoding="utf-8")),
-        TINY if given.size == "tiny" else Size(),
-    )
+    if given.out:
+        records.check_out(Path(given.out))
+    try:
+        goals = yaml.safe_load(Path(given.goals).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        goals = error
+    if not isinstance(goals, dict):
+        raise Refused(f"--goals: {given.goals} is no YAML file of ratios by name.")
+    size = TINY if given.size == "tiny" else Size()
     device, found = records.device_name("cuda" if torch.cuda.is_available() else "cpu"), []
     for part in given.parts or PARTS:
         try:

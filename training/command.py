@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import io
 import os
 import re
+import signal
 import sys
 from argparse import Action
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import usage
-from .files import Failed, Refused, reason
+from .files import Failed, Refused, moved, reason
 from .limits import PositiveInt
 from .recipe import Data, Proxy, Recipe, Running, Schedule
 
@@ -53,6 +55,7 @@ class Parser(ArgumentParser):
         Raises:
             Refused: it is wrong.
         """
+        _check_keys(arguments)
         try:
             return self.parse_args(list(arguments))
         except ArgumentError as error:
@@ -177,9 +180,28 @@ class _Loader(yaml.SafeLoader):
         made = super().construct_mapping(node, deep)
         if len(made) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
-        if "" in made:
-            raise yaml.constructor.ConstructorError(None, None, "a key is empty", node.start_mark)
+        if wrong := [key for key in made if key == "" or " " in str(key)]:
+            told = f"a key has a space: {wrong[0]!r}" if wrong[0] else "a key is empty"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark)
         return made
+
+
+def _check_keys(arguments: Sequence[str]) -> None:
+    """Refuse mappings that `_Loader` would not read, which jsonargparse does without naming the option.
+
+    Raises:
+        Refused: naming it.
+    """
+    for argument, following in zip(arguments, (*arguments[1:], ""), strict=True):
+        option, mark, value = argument.partition("=")
+        value = value if mark else following
+        if option.startswith("--") and value.lstrip().startswith("{"):
+            try:
+                yaml.load(value, _Loader)
+            except yaml.constructor.ConstructorError as error:
+                raise Refused(f"{option[2:]}: {value} cannot be read: {error.problem}.") from error
+            except (yaml.YAMLError, RecursionError):  # which the parser says itself
+                continue
 
 
 def load_recipe(path: Path, kind: type = Recipe, example: str = "proxy: {epochs: 5}") -> dict[str, Any]:
@@ -333,6 +355,18 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     Returns:
         0; 1 for a failure; 2 for a wrong request; 128 + signal after a signal.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may have characters that a terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return _guarded(command, arguments)
+    except KeyboardInterrupt:  # what trains or measures hears signals itself
+        return _say("stopped by SIGINT; the same command goes on from here", 128 + signal.SIGINT)
+
+
+def _guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     from .launch import Interrupted, end_processes, out_of_memory
 
     try:
@@ -347,8 +381,10 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     except OSError as error:
         if error.errno is None and not isinstance(error, FileNotFoundError):  # of a library that means something else
             raise
-        named = f"{error.filename}: " if error.filename else ""
-        return _say(f"{named}{reason(error)}; what was finished is kept.", 1)
+        if told := moved(None):
+            return _say(told, 1)
+        told = f"{error.filename}: {reason(error)}" if error.filename else error.strerror or reason(error)
+        return _say(f"{told}; what was finished is kept.", 1)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

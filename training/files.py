@@ -31,13 +31,14 @@ class Diverged(Failed):
 
 def reason(error: BaseException) -> str:
     """What an error of a file says, in a few words."""
-    found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    text, of_folder = str(error), isinstance(error, shutil.Error) and isinstance(error.args[0], list)
+    if of_folder:  # of its files, the first
+        text = str(error.args[0][0][-1])
+    found = re.search(r"os error (\d+)" if isinstance(error, SafetensorError) else r"^\[Errno (\d+)\]", text)
     number = int(found.group(1)) if found else getattr(error, "errno", None)
     if number is not None:
         return os.strerror(number)
-    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of a folder's files: the first
-        error = error.args[0][0][-1]
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -55,6 +56,15 @@ def full_disk(error: BaseException | None) -> OSError | None:
 _held: WeakValueDictionary[Path, IO[str]] = WeakValueDictionary()  # lock files of folders that are written to
 
 
+def moved(path: Path | None) -> str | None:
+    """What to say if the run folder that a file belongs to, or any without one, is no longer where it was."""
+    for folder, lock in list(_held.items()):
+        ours = path is None or path.is_relative_to(folder)
+        if ours and not lock.closed and not _is_at(lock, folder / LOCK):
+            return f"{folder} was moved or deleted while it was written to; the same command starts it again."
+    return None
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What keeps the block from writing `path`, in one sentence.
@@ -62,9 +72,8 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         Failed: a disk is full, or fails; or the run folder is no longer there.
     """
-    for folder, lock in list(_held.items()):
-        if not lock.closed and path.is_relative_to(folder) and not _is_at(lock, folder / LOCK):
-            raise Failed(f"{folder} was moved or deleted while it was written to; the same command starts it again.")
+    if told := moved(path):
+        raise Failed(told)
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -85,8 +94,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise Failed(
-            f"{path} cannot be read: {reason(error)}; take it back from a copy, or delete its folder to have it made "
-            "again."
+            moved(path)
+            or f"{path} cannot be read: {reason(error)}; take it back from a copy, or delete its folder to have it "
+            "made again."
         ) from error
 
 
@@ -186,6 +196,18 @@ def refuse_files(folder: Path, names: Collection[str]) -> None:
     for path in (folder / name for name in names):
         if path.is_file():
             raise Refused(f"{path} is a file, where a run has a folder; move it away, or choose another --run.")
+
+
+def refuse_out(path: Path) -> None:
+    """Refuse a file that could not be written once all is done.
+
+    Raises:
+        Refused: it is a folder, or lies below a file or where nobody may write.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"{above} is no folder that can be written to"
+        raise Refused(f"--out: {path} cannot be written: {why}.")
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -303,10 +325,15 @@ def lock_folder(folder: Path) -> IO[str]:
     Where the file system has no locks, a warning says that nothing holds it.
 
     Raises:
-        Refused: another process holds it.
+        Refused: another process holds it; or it is a file, a link to nothing, or nobody may write there.
+        Failed: the disk is full, or fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        kind = Failed if error.errno in FULL else Refused
+        raise kind(f"{folder} cannot be a run's folder: {reason(error)}; choose another --run.") from error
     _held[folder] = file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -320,3 +347,17 @@ def lock_folder(folder: Path) -> IO[str]:
             raise
         raise Refused(f"{folder} is in use by another process; wait for it, or choose another --run.") from None
     return file
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from adding to a file of `folder` at the same time, where the file system has locks."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

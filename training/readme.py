@@ -6,7 +6,8 @@ of all the backbones of the package that its pattern matches, ``gains`` from tho
 """
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import timm
 import sslpp_models  # noqa: F401  registers the backbones
 
 from . import agreement, card, charts, contrast, figures, records, report, verdict
-from .command import parse, short_name
+from .command import guarded, parse, short_name
 from .files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +121,7 @@ def shipped_card(folder: Path) -> str:
     return card.page(folder, folder.name, own, compared, made, "sslpp", (fitted, counted["val"]), shipped=True)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> None:
     configs = ROOT / "hub_configs"
     for path in PAGES:
         write_text(path, fill(path.read_text(encoding="utf-8"), configs))
@@ -130,3 +131,7 @@ if __name__ == "__main__":
         figures.fine_tuned(path.parent / "report" / "finetune.png", fine_tuned(records.read(path)))
     for name in timm.list_pretrained("sslpp_*"):
         write_text(configs / name / "CARD.md", shipped_card(configs / name))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

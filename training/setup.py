@@ -119,7 +119,7 @@ def prepare(
     rounds = (f"round_{number}" for number in range(1, recipe.relearn.rounds + 1))
     refuse_files(folder, ("checkpoints", "proxy", "report", "hub", *rounds))
     for marker in folder.glob("*/*.json"):
-        if marker.stem in READS:
+        if marker.stem in READS and re.fullmatch(r"proxy|round_\d+", marker.parent.name):  # else it is a copy
             fields, epochs = phase_fields(recipe, marker.stem), f"{marker.stem}.epochs"
             if longer.asked(marker, longer.going_on(marker, fields, epochs)):
                 longer.check(folder, marker, epochs, shared is None)

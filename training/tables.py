@@ -8,19 +8,20 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from .files import Refused, whole_file
+from .files import Refused, refuse_out, whole_file
 
 ENDINGS = (".parquet", ".csv", ".npz")
 
 
 def check(path: Path, endings: tuple[str, ...] = ENDINGS) -> None:
-    """Refuse a file whose ending names no kind of table.
+    """Refuse a file whose ending names no kind of table, or that cannot be written.
 
     Raises:
-        Refused: naming those that do.
+        Refused: saying why.
     """
     if path.suffix not in endings:
         raise Refused(f"--out: {path} ends in none of {', '.join(endings)}, which say what is written.")
+    refuse_out(path)
 
 
 def write(path: Path, parts: Iterable[pa.Table]) -> int:

@@ -1,7 +1,9 @@
 """Names that would be Markdown, HTML, mathematics or a terminal's commands: shown as they are, and nothing else."""
 
+import io
 import json
 import re
+import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -9,6 +11,7 @@ from huggingface_hub import ModelCard
 from tests.conftest import TINY_RUN, call, make_images, write_png
 from training import records, report
 from training.__main__ import main
+from training.command import guarded
 from training.files import Failed
 
 MATHS = "$x^{$ | <img src=x onerror=alert(1)>"
@@ -72,3 +75,31 @@ def test_what_a_terminal_would_obey_is_spelled_out():
         raise Failed("the Hub says \x1b]0;x\x07 \u202e \udce9\nand more")
 
     assert call(fail).stderr == "error: the Hub says \\x1b]0;x\\x07 \\u202e \\udce9\\nand more\n"
+
+
+def test_what_a_terminal_cannot_show_is_spelled_out(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert guarded(lambda arguments: print("caf\xe9 \udce9 \u65e5"), []) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"caf\\xe9 \\udce9 \\u65e5\n"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_traceback(name, monkeypatch):
+    monkeypatch.setattr(sys, name, None)
+
+    def fail(arguments):
+        print("x")
+        print("x", file=sys.stderr)
+        raise Failed("x")
+
+    assert guarded(fail, []) == 1
+
+
+def test_an_interrupt_before_the_work_begins_is_no_traceback():
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    done = call(interrupted)
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; the same command goes on from here\n")

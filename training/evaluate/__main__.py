@@ -25,6 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.read(arguments)
     made = parser.instantiate(given)
     check_data(made.data)
+    if given.out:
+        records.check_out(Path(given.out))
     if given.residue is not None:
         proxies.find(given.residue, "--residue")
     views = proxies.residue(proxies.settings(given.residue)) if given.residue else ()
@@ -51,10 +53,10 @@ def main(arguments: Sequence[str]) -> None:
             }
             for row in found
         ]
-        if given.out:
-            records.write(Path(given.out), rows)
         tables = [lines for _, lines in report.tables(rows, [shared["arm"]], report.EVERY)]
         context.say("\n\n".join(map(report.as_text, tables + report.pooled_tables(rows, [shared["arm"]]))))
+        if given.out:
+            records.write(Path(given.out), rows)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from .. import backbone as B
 from .. import figures, images, inputs, recipe, sources
 from ..command import Parser, check_data, guarded, parse
 from ..extraction import extract
-from ..files import Failed, Refused, whole_file
+from ..files import Failed, Refused, refuse_out, whole_file
 from ..images import Images
+from ..limits import PositiveInt
 from ..loop import Context
 from ..setup import scaled_for
 from . import FEWEST, Found
@@ -37,8 +38,8 @@ def command() -> Parser:
     )
     made.add_argument("source", help="A run's folder, or a parquet file that training.embed wrote.")
     made.add_argument("--out", help="The page; by default explore.html in the run, or beside the file.")
-    made.add_argument("--images", type=int, default=IMAGES, help="Most images, drawn at random, that are shown.")
-    made.add_argument("--batch_size", type=int, default=256, help="Images of a forward pass.")
+    made.add_argument("--images", type=PositiveInt, default=IMAGES, help="Most images, drawn at random, to show.")
+    made.add_argument("--batch_size", type=PositiveInt, default=256, help="Images of a forward pass.")
     # What a run says of its data counts, but for what is given here; the size is the network's.
     unused = {"size", "limit", "val_fraction", "split_seed", "test_split", "max_bad_fraction"}
     made.add_class_arguments(recipe.Data, "data", skip=unused)
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     if not source.exists():
         raise Refused(f"{source} does not exist; name a run's folder, or a parquet file that training.embed wrote.")
     out = Path(given.out) if given.out else (source if source.is_dir() else source.parent) / "explore.html"
+    refuse_out(out)
     with inputs.one_process("explore") as context:
         found = (of_run if source.is_dir() else of_table)(source, data, given.images, given.batch_size, context)
         if len(found.paths) < FEWEST:
@@ -123,8 +125,9 @@ def of_run(folder: Path, data: recipe.Data, count: int, batch_size: int, context
     unset = recipe.Data()
     given = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
     changed = {name: value for name, value in given.items() if value != getattr(unset, name)}
-    rounds = sorted(folder.glob("round_*"), key=lambda path: int(path.name.removeprefix("round_")))
-    rounds = [path for path in rounds if (path / "model.safetensors").exists()]
+    numbers = {path: path.name.removeprefix("round_") for path in folder.glob("round_*")}
+    rounds = [path for path in numbers if numbers[path].isdecimal() and (path / "model.safetensors").exists()]
+    rounds.sort(key=lambda path: int(numbers[path]))
     sides = {"before relearning": folder / "proxy"} | ({"after relearning": rounds[-1]} if rounds else {})
     networks = {name: B.load(path).to(context.accelerator.device) for name, path in sides.items()}
     first = next(iter(networks.values()))
