@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT, TINY_RUN, call
-from training import embed, files, finetune, pixels, run
+from training import contrast, embed, files, finetune, memory, pixels, records, run, verdict
 from training.__main__ import main
 from training.evaluate import __main__ as evaluate
 from training.files import read_lines
+from training.proxies import __main__ as proxies
 
 
 class FullDisk:
@@ -28,7 +29,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch):
         self.met, self.full, self.real = [], False, files.writing
-        for module in (files, pixels):
+        for module in (files, memory, pixels):
             monkeypatch.setattr(module, "writing", self)
 
     @contextmanager
@@ -85,7 +86,7 @@ def test_a_run_whose_every_file_fails_once_ends_as_if_none_had(finished, picture
     arguments = [*TINY_RUN, "--data.memory_gb", "0", "--data.path", picture_folder, "--run", folder]
     assert set(disk.until_done(main, *arguments)) == {
         "train.u8", "train.npz", "test.u8", "test.npz", "data.json", "recipe.yaml", "metrics.jsonl", "proxy_0_00000008",
-        "state.json", ".backbone", "proxy.json", "records.jsonl", "measured.json", "labels.parquet",
+        "state.json", ".backbone", "proxy.json", "records.jsonl", "measured.json", "tiny", "labels.parquet",
         "clusters.safetensors", "clusters.json", "clusters.png", "relearn_1_00000004", "relearn.json", "stages.png",
         "lowshot.png", "neighbours.png", "curves.png", "hub", "README.md", "report.md",
     }  # fmt: skip
@@ -102,6 +103,27 @@ def test_other_commands_files_fail_once_and_are_whole_the_next_time(finished, pi
     assert disk.until_done(embed.main, model, *data, "--out", out / "features.parquet") == ["features.parquet"]
     fast = ["--evaluate.linear_c", "[0.1]", "--evaluate.shots", "[]"]
     assert disk.until_done(evaluate.main, model, *data, *fast, "--out", out / "told.jsonl") == ["told.jsonl"]
+
+
+def test_the_pages_and_figures_of_comparisons_fail_once_and_are_whole_the_next_time(tmp_path, disk):
+    committed = {"arms": "sslpp_resnet18_s32.rotation_c10_20k", "tasks/rotation": "tasks_c10"}
+    torn, whole = tmp_path / "torn", tmp_path / "whole"
+    disk.met.append("records.jsonl")  # which are there before
+    for name, recipe in committed.items():
+        told = records.read(ROOT / "hub_configs" / recipe / "records.jsonl")
+        told = [r for r in told if r["protocol"] == "linear" and r.get("task", "rotation") == "rotation"]
+        told = [r for r in told if r["arm"] in ("random", "proxy_short", "proxy", "sslpp")]
+        for folder in (torn, whole):
+            records.write(folder / name / "records.jsonl", contrast.final(told))
+    assert disk.until_done(lambda _: verdict.write(torn / "arms")) == [
+        "differences.png", "stages.png", "operations.png", "report.md",
+    ]  # fmt: skip
+    verdict.write(whole / "arms")
+    disk.met.clear()
+    assert disk.until_done(lambda _: proxies.write(torn / "tasks")) == ["records.jsonl", "tasks.png", "report.md"]
+    proxies.write(whole / "tasks")
+    made = [{p.relative_to(at): p.read_bytes() for p in at.rglob("*") if p.is_file()} for at in (torn, whole)]
+    assert made[0] == made[1]
 
 
 def test_what_datasets_cannot_keep_is_a_failure_that_names_its_cache(tmp_path, monkeypatch):
@@ -121,20 +143,29 @@ def test_what_datasets_cannot_keep_is_a_failure_that_names_its_cache(tmp_path, m
     )
 
 
-@pytest.mark.parametrize("taken", ["tiny", "tiny/proxy/model.safetensors", "tiny/round_1/labels.parquet"])
-def test_a_run_folder_taken_away_under_the_run_is_one_sentence(finished, picture_folder, tmp_path, monkeypatch, taken):
+@pytest.mark.parametrize(
+    ("taken", "name"),
+    [
+        ("tiny", "relearn"),
+        ("tiny", "finish"),
+        ("tiny/proxy/model.safetensors", "phase_relearn"),
+        ("tiny/round_1/labels.parquet", "phase_relearn"),
+    ],
+)
+def test_a_run_folder_taken_away_under_the_run_is_one_sentence(
+    finished, picture_folder, tmp_path, monkeypatch, taken, name
+):
     shutil.copytree(finished[0], tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "hub")
     (tmp_path / "tiny" / "round_1" / "relearn.json").unlink()
     shutil.rmtree(tmp_path / "tiny" / "checkpoints")
-    name = "relearn" if taken == "tiny" else "phase_relearn"
     real = getattr(run, name)
 
-    def relearn(*args, **kwargs):
+    def without(*args, **kwargs):
         (tmp_path / taken).rename(tmp_path / "elsewhere")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(run, name, relearn)
+    monkeypatch.setattr(run, name, without)
     arguments = [*TINY_RUN, "--data.path", picture_folder, "--run", tmp_path / "tiny"]
     done = call(main, *arguments)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)

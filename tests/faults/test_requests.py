@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.conftest import call
 from training import command, compare, embed, finetune, predict
 from training.evaluate import __main__ as evaluate
+from training.explore import __main__ as explore
 from training.proxies import PROXIES
 from training.proxies import __main__ as proxies
 
@@ -35,6 +36,9 @@ COMMANDS = {
         for module, out in ((evaluate, "x.jsonl"), (embed, "x.parquet"), (predict, "x.csv"))
         for work in ["training.inputs.one_process"]
     },
+    explore.__name__: (
+        explore.__name__, [".", *MODEL[1:]], lambda given: explore.command(), "training.inputs.one_process",
+    ),
 }  # fmt: skip
 
 
@@ -123,6 +127,10 @@ ALWAYS["phases"] = [Phase.explicit, Phase.generate]  # making a request that fai
 @example((evaluate.__name__, "residue"), "", False)
 @example(("rotation", "relearn.views"), [{}], True)
 @example(("jigsaw", "proxy.options"), {"": 1}, True)
+@example(("jigsaw", "proxy.options"), {"; ": 1}, True)
+@example(("jigsaw", "proxy.options"), {"; ": 1}, False)
+@example((explore.__name__, "images"), -1, False)
+@example((explore.__name__, "batch_size"), 0, False)
 @example(("rotation", "run"), "a\0b", True)
 @given(*REQUESTS)
 def test_any_value_is_taken_or_refused_naming_its_field(chosen, value, in_file):
