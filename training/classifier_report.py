@@ -12,7 +12,7 @@ from torch import Tensor
 from . import classifier, guesses, longer, records, report, tables
 from .card import REPOSITORY
 from .command import short_name
-from .files import read_json, read_lines, whole_file, write_text
+from .files import read_json, read_log, whole_file, write_text
 from .guesses import SHOWN, short
 from .images import Images
 
@@ -134,7 +134,7 @@ def draw(folder: Path, told: Told, metrics: list[dict[str, Any]], best: int) -> 
 def write(folder: Path, told: Told) -> str:
     """Figures, predictions and report.md of a run, and the cards of its classifiers; the text for the screen."""
     model, size = folder / "best", told.train.size
-    draw(folder, told, read_lines(folder / "metrics.jsonl"), read_json(model / "finetune.json", "step")["step"])
+    draw(folder, told, read_log(folder / "metrics.jsonl"), read_json(model / "finetune.json", "step")["step"])
     per_class = classifier.by_class(classifier.confusion(told.found), told.names)
     said = told.found.table(told.called[told.shown], told.names)
     truth = dict(zip(told.found.indices.tolist(), told.found.truth.tolist(), strict=True))

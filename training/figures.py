@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arms import COLOURS
 from .evaluate.label_free import LEADING
-from .files import read_lines, whole_file
+from .files import read_log, whole_file
 from .images import Images
 from .views import resized_crop
 
@@ -203,7 +203,7 @@ def fine_tuned(path: Path, found: dict[str, dict[float, list[float]]]) -> None:
 
 def curves(path: Path, metrics: Path) -> None:
     """Every metric of training, and what features tell now and then, against images; a column for each phase."""
-    rows = read_lines(metrics)
+    rows = read_log(metrics)
     phases = list(dict.fromkeys((row["phase"], row["round"]) for row in rows))
     told = dict.fromkeys(name for row in rows for name in row if name not in NO_CURVES)
     accuracies = [name for name in ("knn", "linear", "retrieval") if name in told]  # in one panel

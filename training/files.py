@@ -221,8 +221,13 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object a line; a last line that a kill cut short is left out.
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return read_lines(path, "phase", "round", "step", "images")
+
+
+def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """Read one JSON object, with some keys, a line; a last line that a kill cut short is left out.
 
     Raises:
         Failed: another line is damaged.
@@ -236,7 +241,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             row = False
         if row is False and number == len(lines):
             break  # without its line break it was never finished
-        if not isinstance(row, dict) and line:
+        if line and not (isinstance(row, dict) and all(key in row for key in keys)):
             raise Failed(f"{path}: line {number} is damaged; remove it, or take the file back from a copy.")
         if line:
             rows.append(row)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import backbone as B
 from .batches import ahead, draw_batch
 from .checkpoints import Checkpoints, Earlier
-from .files import Diverged, Failed, Refused, append_line, read_lines, write_lines
+from .files import Diverged, Failed, Refused, append_line, read_log, write_lines
 from .images import Images
 from .launch import Interrupted, Key, StopSignals, out_of_memory, seed_all
 from .operations import counting_flops
@@ -350,7 +350,7 @@ class Log:
         self.context, self.key, self.path = context, key, context.folder / "metrics.jsonl"
         self.before = 0  # steps of other phases: trackers want steps that rise
         if context.main:
-            rows = read_lines(self.path)
+            rows = read_log(self.path)
             here = (key.phase, key.round)
             self.before = sum(
                 {(r["phase"], r["round"]): r["step"] for r in rows if (r["phase"], r["round"]) != here}.values()

@@ -19,7 +19,7 @@ from .files import (
     Failed,
     check_written,
     read_json,
-    read_lines,
+    read_log,
     refuse_other,
     sha256_file,
     sha256_json,
@@ -185,7 +185,7 @@ def phase_proxy(this: Run) -> Path:
 
 def how_well(this: Run, task: proxies.Proxy) -> dict[str, Any]:
     """A proxy task's own metric, its mean over what the log has of the last tenth of the steps, and that of chance."""
-    rows = [r for r in read_lines(this.folder / "metrics.jsonl") if r["phase"] == "proxy" and task.metric in r]
+    rows = [r for r in read_log(this.folder / "metrics.jsonl") if r["phase"] == "proxy" and task.metric in r]
     newest = [r[task.metric] for r in rows if r["step"] > 0.9 * rows[-1]["step"]]
     if not newest:
         return {}

@@ -34,6 +34,7 @@ def run(finished, picture_folder, tmp_path):
         ("data.json", lambda content: b"[]"),
         ("measured.json", lambda content: b"\xff"),
         ("metrics.jsonl", lambda content: b"\0\xff\n" + content),
+        ("metrics.jsonl", lambda content: content.replace(b'"phase"', b'"phbse"', 1)),
         ("proxy/proxy.json", lambda content: b""),
         ("round_1/clusters.json", lambda content: b"{}"),
         ("round_1/relearn.json", lambda content: content[:100]),

@@ -148,6 +148,7 @@ def test_what_datasets_cannot_keep_is_a_failure_that_names_its_cache(tmp_path, m
     [
         ("tiny", "relearn"),
         ("tiny", "finish"),
+        ("tiny/records.jsonl", "finish"),
         ("tiny/proxy/model.safetensors", "phase_relearn"),
         ("tiny/round_1/labels.parquet", "phase_relearn"),
     ],
