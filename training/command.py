@@ -21,7 +21,6 @@ from .limits import PositiveInt
 from .recipe import Data, Proxy, Recipe, Running, Schedule
 
 MISSING = "MODEL is missing: name a model's folder, such as runs/mine/hub, or any name that timm loads with weights"
-
 NO_STATISTICS = "batch norms that begin at random have no stored statistics to normalise by"
 
 # What people set of a recipe: what --help shows.
@@ -381,10 +380,8 @@ def _guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str])
     except OSError as error:
         if error.errno is None and not isinstance(error, FileNotFoundError):  # of a library that means something else
             raise
-        if told := moved(None):
-            return _say(told, 1)
         told = f"{error.filename}: {reason(error)}" if error.filename else error.strerror or reason(error)
-        return _say(f"{told}; what was finished is kept.", 1)
+        return _say(moved(None) or f"{told}; what was finished is kept.", 1)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
