@@ -259,6 +259,27 @@ timm.create_model(timm.list_pretrained("sslpp_*")[0], pretrained=True)
     assert set(done.stdout.split()) == {"sslpp_models", "sslpp_models.sslpp", "sslpp_models.weights"}
 
 
+def test_timms_scripts_need_only_the_import(picture_folder):
+    # What validate.py and train.py of timm do with a name and a folder, once the package is imported.
+    name = NAMES[0]
+    assert timm.is_model(name)
+    model = timm.create_model(name, pretrained=True, num_classes=4, in_chans=3, global_pool=None, drop_rate=0.1)
+    config = timm.data.resolve_data_config({"model": name}, model=model, use_test_size=True)
+    sides = {"input_size": config["input_size"], "mean": config["mean"], "std": config["std"], "num_workers": 0}
+    shared = {**sides, "interpolation": config["interpolation"], "use_prefetcher": False, "device": torch.device("cpu")}
+    found = timm.data.create_dataset("", root=str(picture_folder), split="test", class_map="")
+    images, labels = next(iter(timm.data.create_loader(found, batch_size=4, crop_pct=config["crop_pct"], **shared)))
+    with torch.no_grad():
+        assert model.eval()(images).shape == (4, 4)
+    found = timm.data.create_dataset("", root=str(picture_folder), split="train", is_training=True)
+    images, labels = next(iter(timm.data.create_loader(found, batch_size=4, is_training=True, **shared)))
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=0.01, layer_decay=0.7)
+    before = model.get_classifier().weight.clone()
+    torch.nn.functional.cross_entropy(model.train()(images), labels).backward()
+    optimizer.step()
+    assert not torch.equal(before, model.get_classifier().weight)
+
+
 @pytest.mark.parametrize(
     "keywords",
     ["num_classes=10", "features_only=True", "pretrained_cfg_overlay={'tag': 'other'}"],
