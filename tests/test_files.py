@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from training import files
+from training import command, files, recipe
 
 
 def test_a_file_is_replaced_only_if_its_block_ends_well(tmp_path):
@@ -138,3 +138,19 @@ def test_a_refused_run_leaves_what_others_have_put_beside_it(tmp_path):
         (tmp_path / "runs" / "theirs").touch()
         raise files.Refused("no")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["theirs"]
+
+
+def test_a_field_that_came_later_makes_no_older_run_another(tmp_path):
+    marker = tmp_path / "round_1" / "relearn.json"
+    marker.parent.mkdir()
+    older = recipe.phase_fields(command.parse(["--data.path", "digits"]), "relearn")
+    stored = recipe.phase_fields(command.parse(["--data.path", "digits", "--relearn.norm", "stored"]), "relearn")
+    assert "relearn.norm" not in older
+    for was, now, told in (
+        (older, stored, "with batch, now it is stored"),
+        (stored, older, "with stored, now it is ba"),
+    ):
+        files.write_json(marker, {"read": was})
+        files.refuse_other(marker, was)
+        with pytest.raises(files.Refused, match=f"relearn.norm: .*{told}"):
+            files.refuse_other(marker, now)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import io
+import itertools
 import os
 import re
 import signal
@@ -191,7 +192,7 @@ def _check_keys(arguments: Sequence[str]) -> None:
     Raises:
         Refused: naming it.
     """
-    for argument, following in zip(arguments, (*arguments[1:], ""), strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         option, mark, value = argument.partition("=")
         value = value if mark else following
         if option.startswith("--") and value.lstrip().startswith("{"):

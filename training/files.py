@@ -302,6 +302,26 @@ INPUTS = {
 }
 
 
+LATER = {"norm": "batch"}  # fields that older runs do not tell of, and what was done before there were any
+
+
+def _later(name: str) -> Any:
+    return LATER.get(name.split(".")[-1])
+
+
+def since_ever(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields without later ones that say what was done before they came, so that older runs are not others."""
+    return {name: value for name, value in fields.items() if _later(name) is None or value != _later(name)}
+
+
+def differences(before: dict[str, Any], read: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What a phase `read` that it did not read `before`: name, what that was, and what it is."""
+    for name in [*read, *(name for name in before if _later(name) and name not in read)]:
+        was, now = before.get(name, _later(name)), read.get(name, _later(name))
+        if was != now:
+            yield name, was, now
+
+
 def refuse_other(marker: Path, read: dict[str, Any]) -> None:
     """Refuse a phase that was finished from other fields or inputs.
 
@@ -309,14 +329,12 @@ def refuse_other(marker: Path, read: dict[str, Any]) -> None:
         Refused: naming the first that differs.
     """
     before = read_json(marker, "read")["read"]
-    for name, value in read.items():
-        if before.get(name) == value:
-            continue
-        told = f"was made with {before.get(name)}, now it is {value}"
+    for name, was, value in differences(before, read):
+        told = f"was made with {was}, now it is {value}"
         if name in INPUTS:
             told = f"was made with other {INPUTS[name]}"
-            if isinstance(value, dict) and isinstance(before.get(name), dict):
-                told += f" ({', '.join(key for key in value if before[name].get(key) != value[key])})"
+            if isinstance(value, dict) and isinstance(was, dict):
+                told += f" ({', '.join(key for key in value if was.get(key) != value[key])})"
         raise Refused(f"{name}: {marker.parent} {told}; choose another --run, or remove that folder to do it again.")
 
 

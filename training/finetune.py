@@ -34,6 +34,7 @@ from .files import (
     refuse_files,
     refuse_other,
     sha256_json,
+    since_ever,
     write_json,
     write_text,
 )
@@ -170,7 +171,7 @@ def reads(
 ) -> dict[str, Any]:
     """What the result depends on: fields, weights, images, and which labels there are and may be used."""
     apart = ("log", "run", "checkpoint_every", "data")
-    own = {name: value for name, value in flatten(settings).items() if name.split(".")[0] not in apart}
+    own = since_ever({name: value for name, value in flatten(settings).items() if name.split(".")[0] not in apart})
     train = splits["train"]
     targets = {"indices": indices, "held out": train.held_out}
     targets |= {split: images.labels for split, images in splits.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import Checkpoints, Earlier
-from .files import Refused, read_json, sha256_json
+from .files import Refused, differences, read_json, sha256_json
 
 
 def _before(marker: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def going_on(marker: Path, read: dict[str, Any], field: str) -> dict[str, Any]:
     """
     before = _before(marker)
     earlier, done = before.get("earlier", []), before.get(field)
-    same = all(before.get(name) == value for name, value in read.items() if name != field)
+    same = all(name == field for name, *_ in differences(before, read))
     if done and same and read[field] > done:
         earlier = [*earlier, [done, sha256_json(before)]]
     return {**read, "earlier": earlier} if earlier else read

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import set_parsing_settings
 
+from .files import since_ever
 from .limits import (
     BelowOne,
     ClosedUnitInterval,
@@ -340,7 +341,7 @@ def phase_fields(recipe: Recipe, phase: str) -> dict[str, Any]:
     def read(name: str) -> bool:
         return name not in IGNORED and any(name == part or name.startswith(f"{part}.") for part in READS[phase])
 
-    return {name: value for name, value in flatten(recipe).items() if read(name)}
+    return since_ever({name: value for name, value in flatten(recipe).items() if read(name)})
 
 
 def to_yaml(recipe: Running, without: Collection[str] = ()) -> str:
