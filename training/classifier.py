@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import evaluate
 from .extraction import extract
 from .images import Images
-from .limits import BelowOne, ClosedUnitInterval, NonNegativeFloat, PositiveFloat, Share
+from .limits import BelowOne, ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from .loop import Context
 from .recipe import Data, Running, Schedule, Views
 from .task import Batch, ViewTask, accuracy
@@ -33,6 +33,8 @@ class Finetune(Schedule, Running):
     data: Data = field(default_factory=Data)
     epochs: PositiveFloat = 50.0
     """Passes over the training images; parts of one are allowed."""
+    batch_size: PositiveInt = 64
+    """Images of a step, over all processes and accumulated micro-batches; what is left of an epoch is dropped."""
     optimizer: str = "adamw"
     """Optimiser, a name of timm.optim.list_optimizers()."""
     lr: NonNegativeFloat = 1e-3

@@ -101,6 +101,7 @@ class Keeper:
         if self.context.main:
             made = found[0]["recipe_sha256"]
             records.write(path, found, lambda r: r.get("recipe_sha256") == made)
+            found = [r for r in records.read(path) if r.get("recipe_sha256") == made]  # plain numbers
             called = {split: self.called(split) for split in splits}
             licence = network.pretrained_cfg.get("license")
             whole = classifier_report.Told(model, found, train, learned, called, splits[-1], said, licence)

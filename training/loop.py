@@ -81,7 +81,10 @@ def steps_of(schedule: Schedule, images: int, prefix: str = "") -> tuple[int, in
     """
     epoch = images // schedule.batch_size
     if epoch == 0:
-        raise Refused(f"{prefix}batch_size: {schedule.batch_size} is more than the {images} training images.")
+        raise Refused(
+            f"{prefix}batch_size: {schedule.batch_size} is more than the {images} training images; choose a smaller one"
+            + (f", such as {2 ** (images.bit_length() - 2)}." if images > 3 else ".")
+        )
     total = round(schedule.epochs * epoch)
     if total == 0 and schedule.epochs > 0:
         raise Refused(f"{prefix}epochs: {schedule.epochs} is less than one step of {schedule.batch_size} images.")

@@ -345,7 +345,9 @@ def _announce(run: Run, network: nn.Module) -> None:
         for s, count in zip(schedules, counts, strict=True)
         if s.epochs
     )
-    rows = min(s.batch_size // (processes * s.accumulate) for s in schedules if s.epochs) if views else 64
+    trained = [s for s in schedules if s.epochs]
+    rows = min(s.batch_size // (processes * s.accumulate) for s in trained) if views else 64
+    batch = ", ".join(str(size) for size in dict.fromkeys(s.batch_size for s in trained)) or "none"
     rows = min(rows, 16 if run.accelerator.device.type == "cpu" else 64)  # a GPU is not busy with fewer
     seconds = views * _seconds_of_a_view(run, run.on_device(network).train(), rows) / processes
     weights = sum(p.nbytes for p in network.parameters())
@@ -353,7 +355,7 @@ def _announce(run: Run, network: nn.Module) -> None:
     disk = weights * (2 + recipe.relearn.rounds + 2 * 3) + (run.train.pixels.nbytes if processes > 1 else 0)
     run.context.say(
         f"{records.device_name(run.accelerator.device.type)}; {recipe.precision}; processes {processes}; "
-        f"threads {torch.get_num_threads()}; batch {recipe.proxy.batch_size}; images {len(run.train.train)} "
+        f"threads {torch.get_num_threads()}; batch {batch}; images {len(run.train.train)} "
         f"(+ {len(run.train.val)} held out), {round(run.train.pixels.nbytes / 1e6)} MB; training takes about "
         f"{duration(seconds)} and {max(1, round(disk / 1e6))} MB in {run.folder}"
     )
