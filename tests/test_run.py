@@ -56,7 +56,7 @@ def test_the_report_shows_every_arm_and_the_lines_of_python_work(finished, tmp_p
         # linear, knn, residue, rankme, few images, without labels
         assert len(re.findall(rf"^{arm} +\d", done.stdout, re.M)) == 6
     text = (folder / "report.md").read_text()
-    assert "sslpp over the proxy's backbone" in text
+    assert "sslpp over the backbone that it started from" in text
     code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "torch.Size([1, 96])" in shown.stdout

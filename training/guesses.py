@@ -52,7 +52,7 @@ def learning(
     axes[1].axhline(100 * constant, color=REST, ls=":", label="always the most frequent class")
     axes[1].set_title("images told right, %", fontsize=10)
     axes[1].set_ylim(0, 102)
-    axes[1].legend(fontsize=8, loc="lower right")
+    axes[1].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)  # below: it hides no curve
     for axis in axes:
         axis.set_xlabel("epochs")
         axis.grid(alpha=0.3)

@@ -279,8 +279,8 @@ def gain(records: Records, arm: str) -> str:
     where = {"val": "the held-out part of train", "test": "the test split"}[split]
     how = "" if labelled else f"{LEADING.capitalize()} needs no labels: {RETRIEVAL} "
     return (
-        f"{arm} over the proxy's backbone, pooled features, on {where}, seed {other['seed']}: {'; '.join(parts)}. {how}"
-        f"The proxy's backbone has seen {one['images_seen']:,} images, {arm} {other['images_seen']:,}: a comparison at "
+        f"{arm} over the backbone that it started from, pooled features, on {where}, seed {other['seed']}: "
+        f"{'; '.join(parts)}. {how}That had seen {one['images_seen']:,} images here, {arm} {other['images_seen']:,}: a comparison at "
         f"equal budget, over several seeds, is what training.compare makes.{longer.words(other)}"
     )
 

@@ -363,7 +363,7 @@ def cluster_records(this: Run, folder: Path) -> list[dict[str, Any]]:
 def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     """report.md with its figures, and hub/."""
     arm = this.arm if this.recipe.relearn.rounds else "proxy_short"
-    sides = {"the proxy's backbone": folders[0], f"{arm}, the result": folders[-1]}
+    sides = {"what relearning started from": folders[0], arm: folders[-1]}
     most = this.recipe.evaluate.images
     shown = torch.cat([this.train.sample(indices, most) for indices in (this.train.train, this.train.val)])
     found = {
