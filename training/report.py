@@ -280,8 +280,9 @@ def gain(records: Records, arm: str) -> str:
     how = "" if labelled else f"{LEADING.capitalize()} needs no labels: {RETRIEVAL} "
     return (
         f"{arm} over the backbone that it started from, pooled features, on {where}, seed {other['seed']}: "
-        f"{'; '.join(parts)}. {how}That had seen {one['images_seen']:,} images here, {arm} {other['images_seen']:,}: a comparison at "
-        f"equal budget, over several seeds, is what training.compare makes.{longer.words(other)}"
+        f"{'; '.join(parts)}. {how}That had seen {one['images_seen']:,} images here, {arm} "
+        f"{other['images_seen']:,}: a comparison at equal budget, over several seeds, is what training.compare makes."
+        f"{longer.words(other)}"
     )
 
 
