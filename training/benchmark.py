@@ -136,7 +136,7 @@ def step(size: Size) -> Iterator[Row]:
         for device in devices():
             kind = "ViT" if model.startswith("vit") else "CNN"
             yield row(f"loop over a bare step, {kind} {side} px", _steps(model, side, size, device), device)
-    for model, side in NETWORKS[: None if size != TINY else 1]:
+    for model, side in NETWORKS[:1] if size == TINY else NETWORKS:
         for device in devices():
             name = f"chosen precision and format over the best, {model}"
             yield row(name, _choices(model, side, size, device), device)
