@@ -125,7 +125,8 @@ class Comparison:
         made = self.recipe_of(folder, arm, seed, lr, variant)
         made.evaluate.test = made.evaluate.test and test
         self.context.say(f"-- {arm}, seed {seed}, {setting(lr, variant)}")
-        run(made, self.context.stop, self.read, arm, self.folder / f"seed_{seed}" / "shared")
+        read = self.read if test else (self.read[0], {})  # other data sets are not what settings are chosen by
+        run(made, self.context.stop, read, arm, self.folder / f"seed_{seed}" / "shared")
         return [r for r in records.read(folder / "records.jsonl") if r["arm"] == arm]
 
     def tried(self, arm: str, lr: float, variant: str | None) -> float:
