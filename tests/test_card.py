@@ -101,7 +101,7 @@ def test_it_says_what_the_model_started_from():
     own = card.what(made, [], "sslpp")
     assert "/home/me" not in own + card.portable(made)
     assert "name: local-dir:FOLDER" in card.portable(made)
-    assert "from random weights, by the proxy task rotation, without labels, then from clusters" in own
+    assert "from random weights, by 100 epochs of the proxy task rotation, without labels, then from clusters" in own
     assert "ORG" not in card.usage("sslpp_x", 32, shipped=True)
     assert card.in_words({"channels": [16, 32], "stem_width": 8}) == "channels 16, 32; stem width 8"
     lent = card.what(command.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")

@@ -131,12 +131,25 @@ def test_predictions_are_timms_and_need_no_labels(tuned, data, tmp_path):
         assert done.returncode == 0, done.stderr
         assert f"9 rows in {tmp_path / name}, 1 of them null: not decodable" in done.stdout
     rows = read(tmp_path / "out.csv")
+    assert list(rows[0]) == ["path", "class", "probability"]
     assert [row["path"] for row in rows] == [f"{i}.png" for i in range(9)]
     assert (rows.pop(5)["class"], pq.read_table(tmp_path / "out.parquet")["class"][5].as_py()) == ("", None)
     expected = shown_by_timm(folder, [tmp_path / "new" / row["path"] for row in rows])
     assert [row["class"] for row in rows] == [NAMES[i] for i in expected.argmax(1)]
     assert [float(row["probability"]) for row in rows] == pytest.approx(expected.max(1).values.tolist(), abs=1e-3)
     assert Image.open(tmp_path / "out_least_certain.png").size[0] > 300
+    assert (
+        call(predict.main, folder, "--data.path", tmp_path / "new" / "3.png", "--out", tmp_path / "one.csv").returncode
+        == 0
+    )
+    assert read(tmp_path / "one.csv") == rows[3:4]
+
+
+def test_predictions_of_several_splits_say_of_which(tuned, data, tmp_path):
+    assert call(predict.main, tuned[0] / "best", "--data.path", data, "--out", tmp_path / "out.csv").returncode == 0
+    rows = read(tmp_path / "out.csv")
+    assert {row["split"] for row in rows} == {"train", "test"}
+    assert len(rows) == len(list(data.rglob("*.png")))
 
 
 def test_the_least_certain_come_first():

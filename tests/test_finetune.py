@@ -358,6 +358,20 @@ def test_mixing_averaging_and_freezing_resume_too(options, backbone, picture_fol
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_what_memory_cannot_hold_is_refused_with_what_would(backbone, picture_folder, tmp_path, monkeypatch):
+    run = (T.main, backbone, *TINY, "--epochs", "1", "--data.path", picture_folder, "--run", tmp_path / "run")
+    (need,) = re.findall(r"about (\d+) MB of .* on the host \(training: a step of 8 images\)", call(*run).stdout)
+    monkeypatch.setattr(T.peaks, "free_memory", lambda: 1e6)
+    assert 0 < int(need) < 100
+    done = call(*run[:-1], tmp_path / "other")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (
+        f"training: a step of 8 images would take about {need} MB of memory on the host, and 1 MB are free"
+        in done.stderr
+    )
+    assert not (tmp_path / "other").exists()
+
+
 def test_weights_that_are_random_have_no_statistics_to_keep(backbone, tmp_path):
     done = call(T.main, backbone, *TINY, "--scratch", "true", "--norm", "stored", "--data.path", tmp_path)
     assert done.returncode == 2

@@ -116,6 +116,17 @@ def test_the_fingerprint_is_of_paths_and_bytes(folder):
     assert load(folder).fingerprint != before
 
 
+def test_of_each_class_as_large_a_share_is_held_out_and_never_all():
+    classes = np.repeat([0, 1, 2, -1], [40, 20, 5, 1])
+    for seed in range(20):
+        held = I.held(np.random.default_rng(seed).permutation(66), 13, classes)
+        assert len(set(held)) == 13
+        counts = [np.sum(classes[held] == label) for label in (0, 1, 2, -1)]
+        assert [7 <= counts[0] <= 9, 3 <= counts[1] <= 5, 0 <= counts[2] <= 2, counts[3]] == [True, True, True, 0]
+    assert sorted(I.held(np.arange(6)[::-1], 6, np.array([0, 0, 0, 1, 1, 2]))) == [0, 1, 3]
+    assert I.held(np.arange(4), 2, None).tolist() == [0, 1]
+
+
 def test_held_out_images_are_drawn_by_the_split_seed_alone(folder):
     first = load(folder, val_fraction=0.3)
     assert torch.equal(first.held_out, load(folder, val_fraction=0.3).held_out)

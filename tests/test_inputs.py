@@ -46,7 +46,7 @@ def test_every_split_is_embedded_at_the_size_that_is_asked_for(folder, mixed, tm
         rows = torch.from_numpy(found["features"])
     assert rows.isnan().any(1).tolist() == [False] * 5 + [True, False]
     network = inputs.model(str(folder), 24)
-    splits = dict(inputs.every_split(network, Data(path=str(mixed)), context, 24))
+    splits = dict(zip(*inputs.every_split(network, Data(path=str(mixed)), context, 24), strict=True))
     with torch.no_grad():
         expected = network(plain_batch(splits["train"], torch.arange(4), torch.device("cpu")))
     assert torch.allclose(rows[:4], expected, atol=1e-4)

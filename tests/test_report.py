@@ -208,6 +208,24 @@ def test_a_backbone_that_relearning_made_worse_is_told_and_which_one_is_kept():
     assert report.worse([], "sslpp", "better") is None
 
 
+def test_a_loss_tells_what_chance_alone_would_move():
+    rows = [{**row, "count": 56} for row in judged(0.6, 0.5, "linear")]
+    text = report.worse(rows, "sslpp", "better")
+    # Two standard errors of the difference of two shares of 56.
+    assert "of 56 images, where chance alone moves such a difference by up to 18.7 points" in text
+    assert "chance" not in report.worse(judged(0.6, 0.5, "linear"), "sslpp", "better")
+
+
+def test_an_untrained_network_that_does_better_is_told():
+    untrained = record("random", "pooled", 0.55, "linear", "val")
+    (told,) = report.cautions([*judged(0.5, 0.53, "linear"), untrained], "sslpp", "better")
+    assert told.startswith("The untrained network does better than what it was trained to (linear 55.0 -> 53.0)")
+    (told,) = report.cautions([*judged(0.5, 0.4, "linear"), untrained], "sslpp", "better")
+    assert "(linear 50.0 -> 40.0)" in told
+    assert "(linear 55.0 -> 50.0)" in told  # hub/ holds what relearning started from
+    assert report.cautions([*judged(0.5, 0.6, "linear"), untrained], "sslpp", "better") == []
+
+
 def test_without_labels_scores_lead_that_need_none():
     rows = [row for row in judged(0.7, 0.3, "label_free", "retrieval") if row["protocol"] == "label_free"]
     rows += [record(arm, "pooled", 0.9, "residue", "val", n) for arm, n in (("proxy_short", 0), ("sslpp", 1))]

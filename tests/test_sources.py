@@ -43,7 +43,6 @@ def archive(path, members):
     [
         ("labels.csv", b"file,label\n", "is a table; name the folder of the images, and the table as --data.labels"),
         ("list.txt", b"a.png\n", "is a table"),
-        ("one.png", png(), "is one image; name the folder"),
         ("photos.zip", b"PK", "is an archive; unpack it"),
         ("photos.tar.gz", b"\x1f\x8b", "is an archive; unpack it"),
         ("model.bin", b"\0", "is no folder of images"),
@@ -53,6 +52,18 @@ def test_a_file_that_is_no_data_set_is_refused_with_what_to_do(name, content, sa
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Refused, match=said):
         read(tmp_path / name)
+
+
+def test_an_image_is_read_alone(tmp_path, monkeypatch):
+    for name in ("one.png", "two.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "metadata.csv").write_text("file_name,label\none.png,cat\n")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "one.png", "one.png"):
+        found, beside = S.read(Data(path=str(path)))
+        source = found["train"]
+        assert (list(found), source.paths, source.labels, beside) == (["train"], ["one.png"], None, 0)
+        assert source.read(0) == ("one.png", png(), "")
 
 
 def test_archives_of_class_folders_are_to_be_unpacked_and_webdatasets_are_read(tmp_path):

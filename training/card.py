@@ -47,7 +47,7 @@ def page(
         f"---\n{metadata(name, report.last_round(records, own), recipe)}\n---",
         f"# {report.plain(name)}",
         recipe.card.about,
-        bad,
+        *report.cautions(records, arm, recipe.relearn.export),
         "## Use it",
         usage(name.split(".")[0] if shipped else f"hf-hub:{REPOSITORY}", recipe.data.size, shipped),
         "## What it is",
@@ -111,11 +111,6 @@ def result(record: dict[str, Any], dataset: str | None) -> EvalResult:
     )
 
 
-def stages_of(records: report.Records) -> int:
-    """How many stages the records tell of."""
-    return 1 + max((r["stage"] for r in records if isinstance(r["stage"], int)), default=-1)
-
-
 def in_words(args: dict[str, Any]) -> str:
     """Keywords of a network as people read them."""
 
@@ -130,28 +125,10 @@ def what(recipe: Recipe, records: report.Records, arm: str, counted: tuple[int, 
     images = report.plain(recipe.card.dataset or recipe.data.called)
     if counted:
         images = f"{counted[0]:,} images of {images}; {counted[1]:,} more were held out"
-    relearn, name = recipe.relearn, report.plain(short_name(recipe.model.name))
-    args, count = report.plain(in_words(recipe.model.args)), stages_of(records)
+    name, args = report.plain(short_name(recipe.model.name)), report.plain(in_words(recipe.model.args))
     seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
-    origin = f"the weights of {name}, whatever these were trained on" if recipe.model.pretrained else "random weights"
-    steps = [f"from {origin}"]
-    if recipe.proxy.epochs:
-        steps.append(f"by the proxy task {recipe.proxy.name}, without labels")
-    if relearn.rounds:
-        labels = "the true labels" if recipe.clusters.source == "labels" else "clusters of features, without labels"
-        last = "a stage that was chosen without labels"
-        if relearn.split != "auto":
-            last = f"stage {relearn.split % count} of 0 to {count - 1}" if count else f"stage {relearn.split}"
-        kept = {
-            "high": f"keeping the low layers (up to {last}) and re-initialising the high ones",
-            "all": "re-initialising every layer",
-            "none": "re-initialising nothing",
-        }[relearn.reinit]
-        steps.append(
-            f"then from {labels} (k = {', '.join(map(str, recipe.clusters.k))}; rounds {relearn.rounds}), {kept}"
-        )
     return f"""A {name} backbone ({args}) without a head, for images of {recipe.data.size} px.
-It was trained on {images}. It comes {", ".join(steps)}. In all it has seen {seen} views of images.
+It was trained on {images}. It comes {report.origin(recipe, records)}. In all it has seen {seen} views of images.
 
 The method is SSL++ (Chen et al., IEEE TIP 2022, [doi:10.1109/TIP.2021.3135470](https://doi.org/10.1109/TIP.2021.3135470);
 our reading of the abstract): the low layers of a self-supervised network are generic, its high ones are not, so these
@@ -202,7 +179,7 @@ def limits(recipe: Recipe) -> str:
         "other": "The images are for research only, and so are these weights.",
     }.get(recipe.card.license, f"The weights are under {report.plain(recipe.card.license or '')}.")
     return f"""- The features know what is in the training images, with their biases, and were measured on nothing else.
-- It was trained and measured at {recipe.data.size} px alone.
+- It was trained and measured at {recipe.data.size} px alone; photographs are shrunk to that, and lose what is small.
 - Split, schedule, number of clusters and labelling are this project's choices, not the paper's.
 - {licence}"""
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
         def parts() -> Iterator[pa.Table]:
             nonlocal bad, expect
-            for split, found in inputs.every_split(network, data, context, data.size):
+            for split, found in zip(*inputs.every_split(network, data, context, data.size), strict=True):
                 if not expect and (expect := inputs.shrunk(network, found)):
                     context.say(f"{split}: {expect}")
                 labels = assign(Path(given.clusters), found, context, given.batch_size) if given.clusters else {}

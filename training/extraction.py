@@ -9,12 +9,14 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from . import views
 from .images import Images
 from .recipe import Views
 
 Stage = int | str  # an index into feature_info, or "pooled"
+DELAY = 3  # seconds until a pass over images has a progress bar
 GATHERED = 2**24  # values that processes send each other at once
 
 
@@ -94,7 +96,9 @@ def batches(
     mine = share(torch.arange(len(indices)), accelerator)
     first, end = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
     size = max(1, batch_size // accelerator.num_processes)
-    with evaluating(network):
+    hidden = None if accelerator.is_main_process else True  # None: shown on a terminal alone
+    bar = tqdm(total=len(mine), desc="features", unit="image", delay=DELAY, leave=False, disable=hidden)
+    with evaluating(network), bar:
         # Random views are drawn for blocks of all processes' images, so that their number changes none.
         for block in range(0, len(indices), batch_size):
             last = min(block + batch_size, len(indices))
@@ -108,6 +112,7 @@ def batches(
                 with torch.autocast(device.type, enabled=False):
                     found = features(network, batch, stages) if stages else {"pooled": network(batch)}
                 yield start - first, {stage: rows.float().cpu() for stage, rows in found.items()}
+                bar.update(stop - start)
 
 
 def extract(

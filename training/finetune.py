@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import inputs, launch, longer, records, report
+from . import inputs, launch, longer, peaks, records, report
 from .classifier import Classify, Finetune, head_names
 from .command import (
     NO_STATISTICS,
@@ -99,6 +99,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
         lock = lock_folder(folder) if context.main else None
         splits, indices = load_images(network, settings, context)
         frozen = check(settings, network, splits["train"], len(indices), accelerator.num_processes)
+        needs = peaks.fitting([peaks.step("", settings, network, splits["train"], precision, accelerator)], accelerator)
         marker = folder / "finetune.json"
         read = longer.going_on(marker, reads(settings, network, splits, indices, precision), "epochs")
         more = longer.asked(marker, read)
@@ -119,8 +120,10 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     classes = len(splits["train"].label_names)
     context.say(
         f"{records.device_name(accelerator.device.type)}; {precision}; processes {accelerator.num_processes}; threads "
-        f"{torch.get_num_threads()}; batch {settings.batch_size}; {len(indices)} labels of {classes} classes; {folder}"
+        f"{torch.get_num_threads()}; batch {settings.batch_size}; {len(indices)} labels of {classes} classes; images "
+        f"at {splits['train'].size} px, as the model expects them; {folder}"
     )
+    context.say(needs)
     seed_all(key.number("head"))
     network.reset_classifier(classes)
     keeper = Keeper(context, splits, settings)

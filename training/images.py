@@ -117,7 +117,7 @@ def load_splits(
     found, beside = sources.read(data)
     use = sources.uses(data, found, tuning)
     names = [name for name in (use.train, use.held_out) if name]
-    train = load(data, {name: found[name] for name in names}, folder, in_file=in_file, taken=taken)
+    train = load(data, {name: found[name] for name in names}, folder, in_file=in_file, taken=taken, by_class=tuning)
     test = load(data, {use.test: found[use.test]}, folder, train, in_file, taken) if use.test else None
     read = train.account | (test.account if test else {})
     unread = {name: {"images": len(source), "left_aside": source.left_aside.total()} for name, source in found.items()}
@@ -134,6 +134,7 @@ def load(
     like: Images | None = None,
     in_file: bool = False,
     taken: int = 0,
+    by_class: bool = False,
 ) -> Images:
     """Read and decode splits as one.
 
@@ -143,6 +144,7 @@ def load(
         folder: as `load_splits` takes it.
         like: the training split, whose statistics, crop, white and class names a test split shares.
         in_file, taken: as `load_splits` takes them.
+        by_class: as many of each class are held out, as far as they divide, where there are labels.
 
     Raises:
         Refused: there is no usable image, or a class that training has not.
@@ -166,7 +168,8 @@ def load(
     if like is None:
         if len(splits) == 1:
             drawn = np.random.default_rng(data.split_seed + 1).permutation(len(rows))
-            held_out[drawn[: round(data.held_out * len(rows))].copy()] = True
+            classes = labels.numpy() if by_class and labels is not None else None
+            held_out[held(drawn, round(data.held_out * len(rows)), classes).copy()] = True
         train = (usable & ~held_out).numpy()
         train = train if train.any() else usable.numpy()
         mean = moments[train, :3].mean(0)
@@ -210,6 +213,23 @@ def drawn(data: Data, count: int) -> np.ndarray:
     if not data.limit or data.limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(data.split_seed).permutation(count)[: data.limit])
+
+
+def held(drawn: np.ndarray, count: int, classes: np.ndarray | None) -> np.ndarray:
+    """Which `count` images are held out: the first of a random order, or as large a share of each class, never all.
+
+    Args:
+        drawn: [N] the images in random order.
+        count: how many.
+        classes: [N] the class of each image, -1 where unknown; None where none is told.
+    """
+    if classes is None:
+        return drawn[:count]
+    grouped = drawn[np.argsort(classes[drawn], kind="stable")]
+    first = np.unique(classes[grouped], return_index=True)[1]  # of each class, which stays to be learned from
+    rest = np.delete(grouped, first)
+    count = min(count, len(rest))
+    return rest[np.arange(count) * len(rest) // max(1, count)]
 
 
 def _account(

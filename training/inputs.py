@@ -85,15 +85,23 @@ def load_for(
 
 def every_split(
     network: nn.Module, data: Data, context: Context, size: int | None = None
-) -> Iterator[tuple[str, Images]]:
-    """Every split, or data.split alone, by name, as a model expects it; what cannot be decoded keeps its place."""
+) -> tuple[list[str], Iterator[Images]]:
+    """The names of every split, or of data.split alone, and each split as a model expects it.
+
+    What cannot be decoded keeps its place.
+    """
     data = dataclasses.replace(_for(network, data, size), max_bad_fraction=1.0)
     found, _ = sources.read(data)
     names = [sources.uses(data, found).train] if data.split else [name for name, source in found.items() if len(source)]
-    for name in names:
-        split = images.load(data, {name: found[name]}, context.folder)
-        data = dataclasses.replace(data, white=split.white)
-        yield name, B.as_seen_by(network, split)
+
+    def read() -> Iterator[Images]:
+        white = data.white
+        for name in names:
+            split = images.load(dataclasses.replace(data, white=white), {name: found[name]}, context.folder)
+            white = split.white
+            yield B.as_seen_by(network, split)
+
+    return names, read()
 
 
 def _for(network: nn.Module, data: Data, size: int | None) -> Data:

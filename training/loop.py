@@ -33,6 +33,8 @@ from .operations import counting_flops
 from .recipe import Schedule
 from .task import Batch, Task, check_processes
 
+LINES = 20  # of the log at least, or short trainings would have no curves
+
 
 @dataclass
 class Context:
@@ -209,7 +211,7 @@ def train(
     log, bar, window = Log(context, key, step), _bar(context, key, step, total), Window(context)
     meter = Meter(context, flops, schedule.batch_size, task.seen)
     drawn = ahead(images, indices, schedule, key, step, last, accelerator)
-    saved_at = step
+    saved_at, log_every = step, max(1, min(context.log_every, total // LINES))
     context.stop.deferred = True
     try:
         while step < last:
@@ -224,7 +226,7 @@ def train(
             bar.update()
             # The host waits for the device here alone.
             due = step % context.checkpoint_every == 0 or step == last
-            look = due or step % context.log_every == 0
+            look = due or step % log_every == 0
             ends = _agreed(context, look)
             if look or ends:
                 means = window.read(step, schedule.batch_size)
@@ -252,8 +254,9 @@ def train(
             raise
         rows = schedule.batch_size // (accelerator.num_processes * schedule.accumulate)
         half = ("batch_size", schedule.batch_size // 2) if task.whole_batch else ("accumulate", 2 * schedule.accumulate)
-        text = "{0}: out of memory at {1} images in one pass; {0}.{2} {3} halves what it takes. Finished work is kept."
-        raise Failed(text.format(key.phase, rows, *half)) from error
+        text = "{0}: out of memory at {1} images in one pass; {2}{3} {4} halves what it takes. Finished work is kept."
+        prefix = "" if key.phase == "finetune" else f"{key.phase}."  # its schedule is the command's own
+        raise Failed(text.format(key.phase, rows, prefix, *half)) from error
     finally:
         context.stop.deferred = False
         drawn.close()

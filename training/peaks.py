@@ -68,50 +68,79 @@ def largest(network: nn.Module, size: int) -> float:
     return FLOAT * max((into.numel() + out.numel() for _, _, into, out in found), default=0)
 
 
+def picture_bytes(images: Images) -> float:
+    """Bytes that making a view of an image takes."""
+    return FLOAT * VIEWS * 3 * (images.pixels.nbytes / max(1, len(images.all)) / 3 + images.size**2)
+
+
+def side_of(accelerator: Accelerator) -> str:
+    """Where a step's memory is."""
+    return "host" if accelerator.device.type == "cpu" else "device"
+
+
+def step(
+    phase: str,
+    schedule: Schedule,
+    network: nn.Module,
+    images: Images,
+    precision: str,
+    accelerator: Accelerator,
+    views: float = 1.0,
+    whole_batch: bool = False,
+) -> Peak:
+    """The peak of a training step.
+
+    Args:
+        phase: its name; where its fields have the schedule's own names, "".
+        schedule: batch and optimiser.
+        network: what is trained.
+        images: what is seen.
+        precision: of the arithmetic.
+        accelerator: tells the processes and the device.
+        views: of an image.
+        whole_batch: the task needs all images of a micro-batch at once.
+    """
+    processes, prefix = accelerator.num_processes, f"{phase}." if phase else ""
+    weights = sum(p.nbytes for p in network.parameters())
+    info = get_optimizer_info(schedule.optimizer)
+    copies = 2 + (2 if info.has_betas else bool(schedule.momentum)) + bool(schedule.ema)
+    view = views * (SPARE * kept(network, images.size, precision) + picture_bytes(images))
+    share = schedule.batch_size // processes
+    rows = share // schedule.accumulate
+
+    def bytes_of(rows: int) -> float:
+        return copies * weights + rows * view
+
+    def advice(free: float) -> str:
+        smaller = [n for n in range(1, rows) if rows % n == 0 and bytes_of(n) <= free]
+        if not smaller:
+            return "a smaller data.size or network needs less"
+        if whole_batch:
+            return f"{prefix}batch_size {smaller[-1] * processes * schedule.accumulate} would fit"
+        return f"{prefix}accumulate {share // smaller[-1]} would fit"
+
+    return Peak(f"{phase or 'training'}: a step of {rows} images", side_of(accelerator), bytes_of(rows), advice)
+
+
 def peaks(
     recipe: Recipe, splits: tuple[Images, Images | None], network: nn.Module, accelerator: Accelerator
 ) -> list[Peak]:
     """The phases' peaks."""
     train, test = splits
-    processes, size = accelerator.num_processes, recipe.data.size
-    device = "host" if accelerator.device.type == "cpu" else "device"
-    view = SPARE * kept(network, size, recipe.precision)
-    picture = FLOAT * VIEWS * 3 * (train.pixels.nbytes / max(1, len(train.all)) / 3 + size**2)
-    weights = sum(p.nbytes for p in network.parameters())
-    found = []
-
-    def training(phase: str, schedule: Schedule, views: float, whole_batch: bool = False) -> None:
-        info = get_optimizer_info(schedule.optimizer)
-        copies = 2 + (2 if info.has_betas else bool(schedule.momentum)) + bool(schedule.ema)
-
-        def bytes_of(rows: int) -> float:
-            return copies * weights + rows * views * (view + picture)
-
-        share = schedule.batch_size // processes
-        rows = share // schedule.accumulate
-
-        def advice(free: float) -> str:
-            fitting = [n for n in range(1, rows) if rows % n == 0 and bytes_of(n) <= free]
-            if not fitting:
-                return "a smaller data.size or network needs less"
-            if whole_batch:
-                return f"{phase}.batch_size {fitting[-1] * processes * schedule.accumulate} would fit"
-            return f"{phase}.accumulate {share // fitting[-1]} would fit"
-
-        found.append(Peak(f"{phase}: a step of {rows} images", device, bytes_of(rows), advice))
+    processes, size, found = accelerator.num_processes, recipe.data.size, []
 
     def passing(free: float) -> str:
         fit = int((free - BLOCKS) / max(1.0, forward) * processes)
         return f"evaluate.batch_size {fit} would fit" if fit > 0 else "a smaller data.size or network needs less"
 
-    forward = largest(network, size) + picture
+    forward = largest(network, size) + picture_bytes(train)
     rows = -(-recipe.evaluate.batch_size // processes)
-    found.append(Peak(f"features: a pass of {rows} images", device, BLOCKS + rows * forward, passing))
+    found.append(Peak(f"features: a pass of {rows} images", side_of(accelerator), BLOCKS + rows * forward, passing))
     if recipe.proxy.epochs:
-        kind = proxies.find(recipe.proxy.name)
-        training("proxy", recipe.proxy, proxies.seen(recipe.proxy, network, size), kind.whole_batch)
+        whole, seen = proxies.find(recipe.proxy.name).whole_batch, proxies.seen(recipe.proxy, network, size)
+        found.append(step("proxy", recipe.proxy, network, train, recipe.precision, accelerator, seen, whole))
     if recipe.relearn.rounds:
-        training("relearn", recipe.relearn, 1.0)
+        found.append(step("relearn", recipe.relearn, network, train, recipe.precision, accelerator))
         width = recipe.clusters.whiten or max(info["num_chs"] for info in network.feature_info)
         count = len(train.all) / processes
 
@@ -133,7 +162,12 @@ def peaks(
 
 
 def check(recipe: Recipe, splits: tuple[Images, Images | None], network: nn.Module, accelerator: Accelerator) -> str:
-    """What the run takes at most, for the screen.
+    """What a run takes at most, for the screen; raises what `fitting` does."""
+    return fitting(peaks(recipe, splits, network, accelerator), accelerator)
+
+
+def fitting(found: list[Peak], accelerator: Accelerator) -> str:
+    """Which of these takes most, for the screen.
 
     Raises:
         Refused: it is not there; naming phase, field and the value that would fit.
@@ -142,7 +176,7 @@ def check(recipe: Recipe, splits: tuple[Images, Images | None], network: nn.Modu
     free = {"host": free_memory() / local}
     if accelerator.device.type == "cuda":
         free["device"] = float(torch.cuda.mem_get_info(accelerator.device)[0])
-    found = [peak for peak in peaks(recipe, splits, network, accelerator) if peak.where in free]
+    found = [peak for peak in found if peak.where in free]
     for peak in found:
         if peak.size > free[peak.where]:
             each = f" for each of {local} processes" if local > 1 else ""
@@ -150,11 +184,16 @@ def check(recipe: Recipe, splits: tuple[Images, Images | None], network: nn.Modu
                 f"{peak.phase} would take about {_gb(peak.size)} of memory on the {peak.where}, and "
                 f"{_gb(free[peak.where])} are free{each}; {peak.advice(free[peak.where])}."
             )
-    most = {where: max((p for p in found if p.where == where), key=lambda p: p.size) for where in free}
+    most = {
+        where: max((p for p in found if p.where == where), key=lambda p: p.size)
+        for where in dict.fromkeys(p.where for p in found)
+    }
     return "memory at the peak, beside what is taken already: " + "; ".join(
         f"about {_gb(peak.size)} of {_gb(free[where])} on the {where} ({peak.phase})" for where, peak in most.items()
     )
 
 
 def _gb(size: float) -> str:
+    if size < 1e8:
+        return f"{max(1, round(size / 1e6))} MB"
     return f"{size / 1e9:.1f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"

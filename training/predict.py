@@ -40,11 +40,12 @@ def main(arguments: Sequence[str]) -> None:
         said: Counter[str] = Counter()
 
         def parts() -> Iterator[pa.Table]:
-            for split, found in inputs.every_split(network, data, context):
+            splits, images = inputs.every_split(network, data, context)
+            for split, found in zip(splits, images, strict=True):
                 told = classifier.answers(network, found, found.all, context, given.batch_size)
                 said.update(names[number] for number in told.guess.tolist())
                 doubts.extend(doubtful(told, names))
-                yield told.table(split, names)
+                yield told.table(names, split if len(splits) > 1 else None)
 
         count = tables.write(out, parts())
         picture = out.with_name(f"{out.stem}_least_certain.png")

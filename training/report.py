@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import figures, longer
+from .command import short_name
 from .evaluate.label_free import LEADING
 from .files import read_json, whole_file, write_text
 from .recipe import Recipe
@@ -245,21 +246,47 @@ def pooled(records: Records, arm: str, split: str) -> dict[tuple[str, str], dict
     return {(r["protocol"], r["metric"]): r for r in reversed(rows)}
 
 
-def worse(records: Records, arm: str, export: str) -> str | None:
-    """One sentence if an arm is worse, on held-out images, than the backbone that it started from; None if not."""
-    before, after = (pooled(records, name, "val") for name in ("proxy_short", arm))
-    both = before.keys() & after.keys()
+def lost(records: Records, before: str, after: str) -> str | None:
+    """By how much an arm is worse than another on held-out images, by what pooled features are judged by; else None."""
+    one, other = (pooled(records, name, "val") for name in (before, after))
+    both = one.keys() & other.keys()
     judged = PROBES if both & set(PROBES.values()) else WITHOUT_LABELS
-    values = {name: (before[key]["value"], after[key]["value"]) for name, key in judged.items() if key in both}
+    values = {name: (one[key]["value"], other[key]["value"]) for name, key in judged.items() if key in both}
     if sum(now - then for then, now in values.values()) >= 0:
         return None
     told = ", ".join(f"{name} {100 * then:.1f} -> {100 * now:.1f}" for name, (then, now) in values.items())
+    counts = [other[key].get("count") for key in judged.values() if key in both]
+    if counts[0]:  # records of earlier versions do not tell
+        error = max(sum(p * (1 - p) for p in pair) for pair in values.values()) / counts[0]
+        told += f"; of {counts[0]:,} images, where chance alone moves such a difference by up to "
+        told += f"{200 * error**0.5:.1f} points"
+    return told
+
+
+def worse(records: Records, arm: str, export: str) -> str | None:
+    """One sentence if an arm is worse, on held-out images, than the backbone that it started from; None if not."""
+    told = lost(records, "proxy_short", arm)
+    if told is None:
+        return None
     held = {
         "better": "hub/ holds the backbone that relearning started from, proxy_short; the relearned one would be there "
         "with relearn.export: always",
         "always": "hub/ holds the relearned one all the same, as relearn.export asks for",
     }[export]
     return f"Relearning made it worse on held-out images ({told}): {held}."
+
+
+def cautions(records: Records, arm: str, export: str) -> list[str]:
+    """What is to be read first: that relearning, or all of the training, made it worse."""
+    found, best = worse(records, arm, export), arm
+    if found and export == "better":
+        best = "proxy_short"
+    if told := lost(records, "random", best):
+        found = (
+            f"{found or ''} The untrained network does better than what it was trained to ({told}): these images, or "
+        )
+        found += "so few steps, taught nothing that the classes ask for."
+    return [found.strip()] if found else []
 
 
 def gain(records: Records, arm: str) -> str:
@@ -284,6 +311,34 @@ def gain(records: Records, arm: str) -> str:
         f"{other['images_seen']:,}: a comparison at equal budget, over several seeds, is what training.compare makes."
         f"{longer.words(other)}"
     )
+
+
+def stages_of(records: Records) -> int:
+    """How many stages the records tell of."""
+    return 1 + max((r["stage"] for r in records if isinstance(r["stage"], int)), default=-1)
+
+
+def origin(recipe: Recipe, records: Records) -> str:
+    """What the backbone was made from and by, in words."""
+    relearn, count, name = recipe.relearn, stages_of(records), plain(short_name(recipe.model.name))
+    steps = [f"from the weights of {name}, whatever these were trained on"]
+    if not recipe.model.pretrained:
+        steps = ["from random weights"]
+    if recipe.proxy.epochs:
+        steps.append(f"by {recipe.proxy.epochs:g} epochs of the proxy task {recipe.proxy.name}, without labels")
+    if relearn.rounds:
+        labels = "the true labels" if recipe.clusters.source == "labels" else "clusters of features, without labels"
+        last = "a stage that was chosen without labels"
+        if relearn.split != "auto":
+            last = f"stage {relearn.split % count} of 0 to {count - 1}" if count else f"stage {relearn.split}"
+        kept = {
+            "high": f"keeping the low layers (up to {last}) and re-initialising the high ones",
+            "all": "re-initialising every layer",
+            "none": "re-initialising nothing",
+        }[relearn.reinit]
+        told = f"k = {', '.join(map(str, recipe.clusters.k))}; epochs {relearn.epochs:g}; rounds {relearn.rounds}"
+        steps.append(f"then from {labels} ({told}), {kept}")
+    return ", ".join(steps)
 
 
 def usage(model: str, size: int) -> str:
@@ -324,11 +379,12 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
         found.append(pseudo)
     code = usage(f"local-dir:{folder / 'hub'}", recipe.data.size)
     account = read_json(folder / "data.json", "splits")["splits"]
-    bad = worse(records, arm, recipe.relearn.export)
-    parts = [f"# {plain(folder.name)}", *([bad] if bad else []), gain(records, arm)]
+    first = cautions(records, arm, recipe.relearn.export)
+    parts = [f"# {plain(folder.name)}", *first, gain(records, arm)]
+    parts.append(f"It is {plain(short_name(recipe.model.name))} at {recipe.data.size} px, {origin(recipe, records)}.")
     parts.append(f"The images: {plain(splits_line(account))}.")
-    first = [] if is_labelled(records) else ["neighbours", "clusters"]  # they tell more than scores
-    parts += pictures(folder, [*first, *(name for name in PICTURES if name not in first)])
+    leading = [] if is_labelled(records) else ["neighbours", "clusters"]  # they tell more than scores
+    parts += pictures(folder, [*leading, *(name for name in PICTURES if name not in leading)])
     parts += ["## Tables", rows_explained(arms), *explained(found)]
     parts.append(f"## Use it\n\n{fenced(code, 'python')}")
     parts.append("Figures are in records.jsonl, the recipe in recipe.yaml.")
@@ -336,6 +392,4 @@ def write(folder: Path, records: Records, recipe: Recipe, arm: str, last: Path) 
     # On the screen what is read first: top-1, and one number of neighbours.
     short = [lines for lines in found if "mean over" not in lines[0][0] and "k = 200" not in lines[0][0]]
     screen = map(as_text, short)
-    return "\n\n".join(
-        ["", *([bad] if bad else []), *screen, gain(records, arm), code, f"More, with figures: {folder / 'report.md'}"]
-    )
+    return "\n\n".join(["", *first, *screen, gain(records, arm), code, f"More, with figures: {folder / 'report.md'}"])

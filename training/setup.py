@@ -349,7 +349,7 @@ def _announce(run: Run, network: nn.Module) -> None:
     rows = min(s.batch_size // (processes * s.accumulate) for s in trained) if views else 64
     batch = ", ".join(str(size) for size in dict.fromkeys(s.batch_size for s in trained)) or "none"
     rows = min(rows, 16 if run.accelerator.device.type == "cpu" else 64)  # a GPU is not busy with fewer
-    seconds = views * _seconds_of_a_view(run, run.on_device(network).train(), rows) / processes
+    view = _seconds_of_a_view(run, run.on_device(network).train(), rows) / processes
     weights = sum(p.nbytes for p in network.parameters())
     # proxy, rounds and hub hold the weights once; two checkpoints hold weights and momentum, perhaps an average.
     disk = weights * (2 + recipe.relearn.rounds + 2 * 3) + (run.train.pixels.nbytes if processes > 1 else 0)
@@ -357,8 +357,21 @@ def _announce(run: Run, network: nn.Module) -> None:
         f"{records.device_name(run.accelerator.device.type)}; {recipe.precision}; processes {processes}; "
         f"threads {torch.get_num_threads()}; batch {batch}; images {len(run.train.train)} "
         f"(+ {len(run.train.val)} held out), {round(run.train.pixels.nbytes / 1e6)} MB; training takes about "
-        f"{duration(seconds)} and {max(1, round(disk / 1e6))} MB in {run.folder}"
+        f"{duration(views * view)}, features for clusters and figures {duration(_passed(run) * view)}, and "
+        f"{max(1, round(disk / 1e6))} MB in {run.folder}"
     )
+
+
+def _passed(run: Run) -> float:
+    """Views whose forward and backward pass take as long as all forward passes of clustering and of evaluation."""
+    recipe, train = run.recipe, run.train
+    rounds, settings = recipe.relearn.rounds, recipe.evaluate
+    clustered = len(train.all) * sum(len(clusters.views_of(recipe, number)) for number in range(1, rounds + 1))
+    turned = max(0, len(proxies.residue(recipe.proxy)) - 1)
+    parts = [min(settings.images, len(part)) for part in (train.train, train.val)]
+    parts += [len(run.test.all)] if run.test and settings.test else []
+    measured = sum(parts) + turned * sum(min(part, settings.residue_images) for part in parts)
+    return (clustered + (2 + rounds) * measured) / 3  # the untrained network, and after each phase
 
 
 def _seconds_of_a_view(run: Run, network: nn.Module, rows: int) -> float:

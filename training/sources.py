@@ -102,13 +102,15 @@ def read(data: Data) -> tuple[dict[str, Source], int]:
 
 
 def _folder(given: str) -> tuple[str, folders.Tree] | None:
-    """A folder of images and what is in it; None for what `datasets` is to read.
+    """A folder of images and what is in it, of one that is itself an image that alone; None for what `datasets` reads.
 
     Raises:
         Refused: there is nothing of the kind.
     """
     path = os.path.expanduser(given)
     if not os.path.isdir(path):
+        if os.path.isfile(path) and folders.is_image_file(path):
+            return os.path.dirname(path) or ".", folders.Tree({os.path.basename(path): ""}, [], [])
         if os.path.exists(path):
             _check_file(path)
         elif given.startswith((".", "/", "~")) or given.count("/") > 1:
@@ -167,8 +169,6 @@ def _check_file(path: str) -> None:
         Refused: naming what it seems to be.
     """
     ending, told = os.path.splitext(path)[1].lower(), f"data.path: {escape(path)}"
-    if folders.is_image_file(path):
-        raise Refused(f"{told} is one image; name the folder that it lies in.")
     if ending in TABLES:
         raise Refused(f"{told} is a table; name the folder of the images, and the table as --data.labels.")
     if ending == ".tar" and not _class_folders_in_tar(*os.path.split(path)[:1], [os.path.basename(path)]):

@@ -118,7 +118,7 @@ def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context:
                 records.append(_record(stage, "rankme", size, name, "rank", rankme.rankme(rows)))
         for stage in three[0]:
             for metric, told, value in label_free.scores(*(rows[stage] for rows in three)):
-                records.append(_record(stage, "label_free", told, "val", metric, value))
+                records.append(_record(stage, "label_free", told, "val", metric, value) | {"count": len(some)})
     context.accelerator.wait_for_everyone()
     return records + [{**row, "stage": "pooled"} for row in records if row["stage"] == twin]
 
@@ -224,12 +224,13 @@ def class_records(
             fit, guessed = {"C": c, "n": len(rows["train"])}, by_chance(known[name])
             for metric, value in accuracies(probe(rows[name]).argmax(1), known[name], balanced).items():
                 told = {**fit, "chance": guessed[metric]}
-                records.append(_record(stage, "linear", told, name, metric, value))
+                records.append(_record(stage, "linear", told, name, metric, value) | {"count": len(known[name])})
             predicted = knn.classify(rows["train"], known["train"], rows[name], classes, k, settings.knn_temperature)
             for neighbours, guess in predicted.items():
                 vote = {"k": neighbours, "temperature": settings.knn_temperature, "n": len(rows["train"])}
                 for metric, value in accuracies(guess, known[name], balanced).items():
-                    records.append(_record(stage, "knn", {**vote, "chance": guessed[metric]}, name, metric, value))
+                    told = {**vote, "chance": guessed[metric]}
+                    records.append(_record(stage, "knn", told, name, metric, value) | {"count": len(known[name])})
     return records
 
 
