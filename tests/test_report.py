@@ -219,7 +219,7 @@ def test_a_loss_tells_what_chance_alone_would_move():
 def test_an_untrained_network_that_does_better_is_told():
     untrained = record("random", "pooled", 0.55, "linear", "val")
     (told,) = report.cautions([*judged(0.5, 0.53, "linear"), untrained], "sslpp", "better")
-    assert told.startswith("The untrained network does better than what it was trained to (linear 55.0 -> 53.0)")
+    assert told.startswith("The untrained network does better than what became of it (linear 55.0 -> 53.0)")
     (told,) = report.cautions([*judged(0.5, 0.4, "linear"), untrained], "sslpp", "better")
     assert "(linear 50.0 -> 40.0)" in told
     assert "(linear 55.0 -> 50.0)" in told  # hub/ holds what relearning started from

@@ -283,9 +283,9 @@ def cautions(records: Records, arm: str, export: str) -> list[str]:
         best = "proxy_short"
     if told := lost(records, "random", best):
         found = (
-            f"{found or ''} The untrained network does better than what it was trained to ({told}): these images, or "
+            f"{found or ''} The untrained network does better than what became of it ({told}): it needs more images, "
         )
-        found += "so few steps, taught nothing that the classes ask for."
+        found += "or more steps."
     return [found.strip()] if found else []
 
 
