@@ -251,7 +251,7 @@ class Evaluate:
     """Neighbours that vote."""
     knn_temperature: PositiveFloat = 0.07
     """Temperature of their weights."""
-    residue_images: PositiveInt = 5_000
+    residue_images: PositiveInt = 2_000
     """Most images, each in all of the proxy's nuisance views, on which the residue is measured."""
     shots: list[PositiveInt] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     """Images of each class that the probe is fitted on, five draws each; none for an empty list."""
