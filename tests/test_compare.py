@@ -180,6 +180,16 @@ def test_a_rate_that_diverges_loses_and_stops_nothing(monkeypatch):
     assert "sslpp, lr x16: relearn: the loss is not finite" in said[0]
 
 
+def test_other_data_sets_are_measured_for_the_arms_that_are_shown_alone(tmp_path, monkeypatch):
+    seen, others = [], {"other": (None, None)}
+    monkeypatch.setattr(compare, "run", lambda recipe, stop, read, *rest: seen.append(read[1]))
+    made, context = command.parse(["--data.path", "digits"]), SimpleNamespace(say=str, stop=None)
+    this = compare.Comparison(made, tmp_path, [1.0], A.Counts(100, 110, lambda proxy: 1.0), ((), others), context)
+    for test in (False, True):
+        this.run(tmp_path, "sslpp", 0, 1.0, None, test)
+    assert seen == [{}, others]
+
+
 def test_another_task_may_have_the_whole_budget():
     made = command.parse(["--data.path", "digits", "--proxy.epochs", "5", "--relearn.epochs", "5"])
     counts = A.Counts(1000, 1100, lambda proxy: 1.0, other="rotation")
