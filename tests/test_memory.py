@@ -98,6 +98,15 @@ def test_what_cannot_fit_is_refused_with_what_would(phase, change, made, monkeyp
     assert "about" in peaks.check(settings, *rest)
 
 
+def test_where_no_value_of_a_field_would_fit_something_else_is_advised(made):
+    told = {peak.phase.split(":")[0]: peak.advice(0.0) for peak in peaks.peaks(*made)}
+    smaller = "a smaller data.size or network needs less"
+    assert told == {
+        "proxy": smaller, "relearn": smaller, "features": smaller,
+        "clusters": "clusters.whiten 1 would fit", "evaluate": "evaluate.test false needs less",
+    }  # fmt: skip
+
+
 def test_what_autograd_keeps_is_counted_for_a_view_alone():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.ReLU(), torch.nn.Flatten())
     # The convolution keeps its input, ReLU its output.
