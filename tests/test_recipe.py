@@ -2,15 +2,17 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from training import command, finetune, recipe, usage
 from training.__main__ import main
 from training.files import Refused
 from training.limits import PositiveFloat, PositiveInt, Stage
-from training.proxies import PROXIES
+from training.proxies import PROXIES, settings
 
 
 def parse(*arguments):
@@ -32,6 +34,15 @@ def test_each_tasks_defaults_are_values_that_are_taken(name, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(made))
     assert command.parse(["--config", str(path)]) == made
+
+
+def test_defaults_and_what_tasks_publish_are_those_of_the_table():
+    base = recipe.flatten(recipe.Recipe())
+    found = {"recipe": base, "finetune": recipe.flatten(finetune.Finetune())}
+    for name in PROXIES:
+        own = recipe.flatten(recipe.Recipe(proxy=settings(name)))
+        found[name] = {field: value for field, value in own.items() if base.get(field, base) != value}
+    assert found == yaml.safe_load((Path(__file__).parent / "defaults.yaml").read_text())
 
 
 def test_the_command_line_overrides_the_file(tmp_path):

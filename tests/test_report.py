@@ -79,6 +79,11 @@ def test_what_a_table_shows_is_told_under_the_first_of_its_kind():
     assert not any("classifier" in part for part in report.explained(report.run_tables(unlabelled, "sslpp")[1]))
 
 
+def test_stages_are_counted_from_the_records():
+    assert report.stages_of(a_run()) == 2
+    assert report.stages_of([record("a", "pooled", 0.5)]) == 0
+
+
 def test_the_held_out_part_is_shown_where_there_is_no_test_split():
     rows = [{**r, "split": "val"} for r in a_run()]
     assert report.split_of(rows) == "val"

@@ -48,6 +48,10 @@ def test_a_folder_of_images_becomes_a_run_folder(finished):
         r"^warning: at 16 px, 3 convolutions have taps that no data ever meets, such as 8 of the 9 of", second
     )
     assert re.search(r"fp32; processes 1; threads \d+; batch 8; images 38 \(\+ 10 held out\), .* MB in", third)
+    weights = (
+        folder / "proxy" / "model.safetensors"
+    ).stat().st_size / 1e6  # in three folders; two checkpoints of three
+    assert int(re.search(r", and (\d+) MB in", third).group(1)) == pytest.approx(9 * weights, rel=0.1)
 
 
 def test_the_report_shows_every_arm_and_the_lines_of_python_work(finished, tmp_path):
@@ -56,6 +60,9 @@ def test_the_report_shows_every_arm_and_the_lines_of_python_work(finished, tmp_p
         # linear, knn, residue, rankme, few images, without labels
         assert len(re.findall(rf"^{arm} +\d", done.stdout, re.M)) == 6
     text = (folder / "report.md").read_text()
+    assert re.findall(r"^!\[(\w+)\]\(report/\1\.png\)$", text, re.M) == [
+        "stages", "lowshot", "neighbours", "clusters", "curves",
+    ]  # fmt: skip
     assert "sslpp over the backbone that it started from" in text
     code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
