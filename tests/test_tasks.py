@@ -293,24 +293,27 @@ def test_barlow_twins_sees_two_views(images, teacher, context):
 @pytest.mark.parametrize("negatives", [0, 6])
 def test_npid(negatives, images, teacher, context):
     task = exact(build("npid", images, teacher, options={"negatives": negatives})[0])
-    got = task(draw(images, context))["loss"]
+    told = task(draw(images, context))
     again = draw(images, context)
     views_of = seen(task, again)
     drawn = (again.draws.uniform(negatives) * len(images)).long() if negatives else None
     units = [F.normalize(embedded(task, image), dim=0) for image in views_of]
-    total, values = 0.0, []
+    total, values, hits = 0.0, [], 0
     for i, (unit, index) in enumerate(zip(units, again.indices.tolist(), strict=True)):
         if negatives:
             values.append([unit @ task.bank[j] / 0.07 for j in (index, *drawn[i].tolist())])
+            hits += values[-1][0] == max(values[-1])
         else:
             logits = [unit @ row / 0.07 for row in task.bank]
             total = total - (logits[index] - logsumexp(logits))
+            hits += logits[index] == max(logits)
     if negatives:
         constant = len(images) * torch.stack([v.exp() for row in values for v in row]).mean().detach()  # eq. 8
         for row in values:
             h = [v.exp() / constant / (v.exp() / constant + negatives / len(images)) for v in row]
             total = total - h[0].log() - sum((1 - x).log() for x in h[1:])
-    same(task, got, total / 8, [task.head.weight, first(task)])
+    same(task, told["loss"], total / 8, [task.head.weight, first(task)])
+    assert told["accuracy"] == pytest.approx(hits / 8)
     before = task.bank.clone()
     task.after_step(1, 10)
     for unit, index in zip(units, again.indices.tolist(), strict=True):
