@@ -114,10 +114,13 @@ def test_what_cannot_be_told_is_refused(spec, options, said, tmp_path):
 
 def test_files_of_a_split_that_is_not_used_are_counted_too(tmp_path):
     tree(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 3})
-    (tmp_path / "test" / "notes.txt").write_text("no image")
+    for place in ("test", ""):
+        (tmp_path / place / "notes.txt").write_text("no image")
     found, _ = read(tmp_path, test_split="none")
     assert found.account["test"] == {"use": "not used", "images": 3, "left_aside": 1}
-    assert report.splits_line(found.account) == "train: training (4 read); test: not used (3 images, 1 no images)"
+    assert found.account["beside the splits"] == {"use": "not used", "left_aside": 1}
+    told = "train: training (4 read); test: not used (3 images, 1 no images); beside the splits: not used (1 no images)"
+    assert report.splits_line(found.account) == told
 
 
 def test_a_name_of_a_split_inside_a_file_name_means_nothing(tmp_path):
