@@ -106,7 +106,7 @@ def test_other_commands_files_fail_once_and_are_whole_the_next_time(finished, pi
 
 
 def test_the_pages_and_figures_of_comparisons_fail_once_and_are_whole_the_next_time(tmp_path, disk):
-    committed = {"arms": "sslpp_resnet18_s32.rotation_c10_20k", "tasks/rotation": "tasks_c10"}
+    committed = {"arms": "sslpp_resnet10t_s32.rotation_c10_20k", "tasks/rotation": "tasks_c10"}
     torn, whole = tmp_path / "torn", tmp_path / "whole"
     disk.met.append("records.jsonl")  # which are there before
     for name, recipe in committed.items():
