@@ -96,7 +96,7 @@ def batches(
     mine = share(torch.arange(len(indices)), accelerator)
     first, end = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
     size = max(1, batch_size // accelerator.num_processes)
-    hidden = None if accelerator.is_main_process else True  # None: shown on a terminal alone
+    hidden = None if accelerator.process_index == 0 else True  # None: shown on a terminal alone
     bar = tqdm(total=len(mine), desc="features", unit="image", delay=DELAY, leave=False, disable=hidden)
     with evaluating(network), bar:
         # Random views are drawn for blocks of all processes' images, so that their number changes none.
