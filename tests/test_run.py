@@ -48,9 +48,8 @@ def test_a_folder_of_images_becomes_a_run_folder(finished):
         r"^warning: at 16 px, 3 convolutions have taps that no data ever meets, such as 8 of the 9 of", second
     )
     assert re.search(r"fp32; processes 1; threads \d+; batch 8; images 38 \(\+ 10 held out\), .* MB in", third)
-    weights = (
-        folder / "proxy" / "model.safetensors"
-    ).stat().st_size / 1e6  # in three folders; two checkpoints of three
+    # Three folders have the weights, and two checkpoints three times as much.
+    weights = (folder / "proxy" / "model.safetensors").stat().st_size / 1e6
     assert int(re.search(r", and (\d+) MB in", third).group(1)) == pytest.approx(9 * weights, rel=0.1)
 
 

@@ -125,14 +125,14 @@ class Answers:
         """[n] the true class."""
         return self.images.labels[self.indices]
 
-    def table(self, names: Sequence[str], split: str | None) -> pa.Table:
-        """path, class and its probability of every image, null of those not decoded; before them its split, if any."""
+    def table(self, split: str, names: Sequence[str]) -> pa.Table:
+        """split, path, class and its probability of every image, null of those that could not be decoded."""
         sure, guess = self.probabilities.max(1)
         told = {i: (names[c], p) for i, c, p in zip(self.indices.tolist(), guess.tolist(), sure.tolist(), strict=True)}
         rows = [told.get(i, (None, None)) for i in range(len(self.images))]
         return pa.table(
             {
-                **({"split": pa.array([split] * len(rows))} if split else {}),
+                "split": pa.array([split] * len(rows)),
                 "path": self.images.paths,
                 "class": pa.array([name for name, _ in rows], pa.string()),
                 "probability": pa.array([value for _, value in rows], pa.float32()),

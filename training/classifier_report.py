@@ -136,7 +136,7 @@ def write(folder: Path, told: Told) -> str:
     model, size = folder / "best", told.train.size
     draw(folder, told, read_log(folder / "metrics.jsonl"), read_json(model / "finetune.json", "step")["step"])
     per_class = classifier.by_class(classifier.confusion(told.found), told.names)
-    said = told.found.table(told.names, told.called[told.shown])
+    said = told.found.table(told.called[told.shown], told.names)
     truth = dict(zip(told.found.indices.tolist(), told.found.truth.tolist(), strict=True))
     labels = pa.array([told.names[truth[i]] if i in truth else None for i in range(len(said))], pa.string())
     tables.write(folder / "predictions.csv", [said.append_column("label", labels).filter(labels.is_valid())])

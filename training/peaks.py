@@ -181,19 +181,18 @@ def fitting(found: list[Peak], accelerator: Accelerator) -> str:
         if peak.size > free[peak.where]:
             each = f" for each of {local} processes" if local > 1 else ""
             raise Refused(
-                f"{peak.phase} would take about {_gb(peak.size)} of memory on the {peak.where}, and "
-                f"{_gb(free[peak.where])} are free{each}; {peak.advice(free[peak.where])}."
+                f"{peak.phase} would take about {_amount(peak.size)} of memory on the {peak.where}, and "
+                f"{_amount(free[peak.where])} are free{each}; {peak.advice(free[peak.where])}."
             )
-    most = {
-        where: max((p for p in found if p.where == where), key=lambda p: p.size)
-        for where in dict.fromkeys(p.where for p in found)
-    }
+    most = {peak.where: peak for peak in sorted(found, key=lambda peak: peak.size)}
     return "memory at the peak, beside what is taken already: " + "; ".join(
-        f"about {_gb(peak.size)} of {_gb(free[where])} on the {where} ({peak.phase})" for where, peak in most.items()
+        f"about {_amount(most[where].size)} of {_amount(free[where])} on the {where} ({most[where].phase})"
+        for where in free
+        if where in most
     )
 
 
-def _gb(size: float) -> str:
+def _amount(size: float) -> str:
     if size < 1e8:
         return f"{max(1, round(size / 1e6))} MB"
     return f"{size / 1e9:.1f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> None:
                 told = classifier.answers(network, found, found.all, context, given.batch_size)
                 said.update(names[number] for number in told.guess.tolist())
                 doubts.extend(doubtful(told, names))
-                yield told.table(names, split if len(splits) > 1 else None)
+                table = told.table(split, names)
+                yield table if len(splits) > 1 else table.drop_columns("split")
 
         count = tables.write(out, parts())
         picture = out.with_name(f"{out.stem}_least_certain.png")

@@ -255,10 +255,10 @@ def lost(records: Records, before: str, after: str) -> str | None:
     if sum(now - then for then, now in values.values()) >= 0:
         return None
     told = ", ".join(f"{name} {100 * then:.1f} -> {100 * now:.1f}" for name, (then, now) in values.items())
-    counts = [other[key].get("count") for key in judged.values() if key in both]
-    if counts[0]:  # records of earlier versions do not tell
-        error = max(sum(p * (1 - p) for p in pair) for pair in values.values()) / counts[0]
-        told += f"; of {counts[0]:,} images, where chance alone moves such a difference by up to "
+    count = next(other[key].get("count") for key in judged.values() if key in both)
+    if count:  # records of earlier versions do not tell
+        error = max(sum(p * (1 - p) for p in pair) for pair in values.values()) / count
+        told += f"; of {count:,} images, where chance alone moves such a difference by up to "
         told += f"{200 * error**0.5:.1f} points"
     return told
 
@@ -278,15 +278,12 @@ def worse(records: Records, arm: str, export: str) -> str | None:
 
 def cautions(records: Records, arm: str, export: str) -> list[str]:
     """What is to be read first: that relearning, or all of the training, made it worse."""
-    found, best = worse(records, arm, export), arm
-    if found and export == "better":
-        best = "proxy_short"
+    found = [told] if (told := worse(records, arm, export)) else []
+    best = "proxy_short" if found and export == "better" else arm
     if told := lost(records, "random", best):
-        found = (
-            f"{found or ''} The untrained network does better than what became of it ({told}): it needs more images, "
-        )
-        found += "or more steps."
-    return [found.strip()] if found else []
+        better = f"The untrained network does better than what became of it ({told})"
+        found.append(f"{better}: it needs more images, or more steps.")
+    return [" ".join(found)] if found else []
 
 
 def gain(records: Records, arm: str) -> str:

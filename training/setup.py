@@ -5,6 +5,7 @@ import dataclasses
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -13,9 +14,10 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
+from . import arms, clusters, images, longer, peaks, proxies, records, relearn, report
 from . import backbone as B
-from . import clusters, images, longer, peaks, proxies, records, relearn, report
 from .batches import draw_batch
+from .evaluate import parts_of
 from .extraction import plain_batch
 from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, refuse_other, write_json, write_text
 from .folders import escape
@@ -338,14 +340,11 @@ def _announce(run: Run, network: nn.Module) -> None:
     """A line each: what splits are for, what of the network is useless, what runs where, for how long, on what disk."""
     recipe, processes = run.recipe, run.accelerator.num_processes
     tell(run.context, run.train, network)
-    schedules = [recipe.proxy, *[recipe.relearn] * recipe.relearn.rounds]
-    counts = [proxies.seen(recipe.proxy, network, recipe.data.size), *[1.0] * recipe.relearn.rounds]
-    views = sum(
-        steps_of(s, len(run.train.train), "")[1] * s.batch_size * count
-        for s, count in zip(schedules, counts, strict=True)
-        if s.epochs
-    )
-    trained = [s for s in schedules if s.epochs]
+    seen, rounds = partial(proxies.seen, backbone=network, size=recipe.data.size), range(1, recipe.relearn.rounds + 1)
+    counts = arms.Counts(len(run.train.train), len(run.train.all), seen)
+    views = arms.images_of(recipe.proxy, counts) + len(rounds) * arms.images_of(recipe.relearn, counts)
+    passed = sum(arms.clustering_images(recipe, counts, number) for number in rounds) + _measured(run)
+    trained = [s for s in (recipe.proxy, *[recipe.relearn] * len(rounds)) if s.epochs]
     rows = min(s.batch_size // (processes * s.accumulate) for s in trained) if views else 64
     batch = ", ".join(str(size) for size in dict.fromkeys(s.batch_size for s in trained)) or "none"
     rows = min(rows, 16 if run.accelerator.device.type == "cpu" else 64)  # a GPU is not busy with fewer
@@ -357,21 +356,17 @@ def _announce(run: Run, network: nn.Module) -> None:
         f"{records.device_name(run.accelerator.device.type)}; {recipe.precision}; processes {processes}; "
         f"threads {torch.get_num_threads()}; batch {batch}; images {len(run.train.train)} "
         f"(+ {len(run.train.val)} held out), {round(run.train.pixels.nbytes / 1e6)} MB; training takes about "
-        f"{duration(views * view)}, features for clusters and figures {duration(_passed(run) * view)}, and "
+        f"{duration(views * view)}, features for clusters and figures {duration(passed * view)}, and "
         f"{max(1, round(disk / 1e6))} MB in {run.folder}"
     )
 
 
-def _passed(run: Run) -> float:
-    """Views whose forward and backward pass take as long as all forward passes of clustering and of evaluation."""
-    recipe, train = run.recipe, run.train
-    rounds, settings = recipe.relearn.rounds, recipe.evaluate
-    clustered = len(train.all) * sum(len(clusters.views_of(recipe, number)) for number in range(1, rounds + 1))
-    turned = max(0, len(proxies.residue(recipe.proxy)) - 1)
-    parts = [min(settings.images, len(part)) for part in (train.train, train.val)]
-    parts += [len(run.test.all)] if run.test and settings.test else []
-    measured = sum(parts) + turned * sum(min(part, settings.residue_images) for part in parts)
-    return (clustered + (2 + rounds) * measured) / 3  # the untrained network, and after each phase
+def _measured(run: Run) -> float:
+    """Views whose forward and backward pass take as long as all forward passes of evaluation."""
+    settings, turned = run.recipe.evaluate, max(0, len(proxies.residue(run.recipe.proxy)) - 1)
+    parts = [len(indices) for _, indices in parts_of((run.train, run.test), settings).values()]
+    once = sum(parts) + turned * sum(min(part, settings.residue_images) for part in parts)
+    return (2 + run.recipe.relearn.rounds) * once / 3  # the untrained network, and after each phase
 
 
 def _seconds_of_a_view(run: Run, network: nn.Module, rows: int) -> float:
