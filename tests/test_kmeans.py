@@ -133,6 +133,13 @@ def test_centroids_are_fitted_on_a_sample_and_measured_on_all_rows(accelerator, 
     assert few.inertia == pytest.approx(whole.inertia, rel=0.06)
 
 
+def test_every_row_may_be_in_the_sample(accelerator):
+    x = torch.arange(5.0).view(-1, 1)
+    drawn = [K.draw(x, 2, torch.Generator().manual_seed(seed), accelerator)[0] for seed in range(40)]
+    assert all(len(some) == 2 for some in drawn)
+    assert torch.cat(drawn).unique().tolist() == [0, 1, 2, 3, 4]
+
+
 def test_looking_at_near_centroids_alone_ends_as_looking_at_all(accelerator, monkeypatch):
     x, _ = rows(3000, width=8, groups=60, spread=0.4)
     plain = kmeans(x, 60, 0, 200, accelerator)[0]

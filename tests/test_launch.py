@@ -79,6 +79,7 @@ def test_seeds_reach_every_global_stream():
 
     assert drawn(3) == drawn(3)
     assert all(a != b for a, b in zip(drawn(3), drawn(2**62), strict=True))
+    assert all(a != b for a, b in zip(drawn(3), drawn(5), strict=True))
 
 
 @pytest.mark.parametrize(("units", "size", "expected"), [(True, 32, "bf16"), (False, 32, "fp32"), (True, 16, "fp32")])

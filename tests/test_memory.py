@@ -52,6 +52,15 @@ def test_features_in_a_file_make_the_same_labels(context, monkeypatch):
     assert sorted(path.name for path in context.folder.iterdir()) == ["round_0", "round_1e+09"]  # nothing is left
 
 
+def test_what_memory_has_no_room_for_lies_in_the_folder_that_is_named(tmp_path, monkeypatch):
+    named, real = [], memory.tempfile.TemporaryFile
+    monkeypatch.setattr(memory.tempfile, "TemporaryFile", lambda **told: named.append(told["dir"]) or real(**told))
+    assert memory.table(4, 2, tmp_path, 32.0).sum() == 0
+    assert named == []
+    assert memory.table(4, 2, tmp_path, 31.0).shape == (4, 2)
+    assert named == [tmp_path]
+
+
 def test_a_file_that_the_disk_cannot_hold_is_one_sentence(tmp_path):
     with pytest.raises(Failed, match="cannot be written"):
         memory.table(2**40, 2**10, tmp_path, 0.0)

@@ -117,7 +117,7 @@ def _why_not(model: Model, error: Exception) -> str:
     text = reason(error)
     if unknown := re.search(r"Unknown model \((.+)\)", text):
         name = unknown.group(1)
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
         named = f"{model.name}: timm has no model {name!r}" if name not in model.name else f"timm has no model {name!r}"
         return f"model.name: {named}" + (f"; did you mean {', '.join(near)}?" if near else ".")
     field = "model.args" if isinstance(error, TypeError) else "model.name"

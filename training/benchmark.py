@@ -361,10 +361,15 @@ PARTS: dict[str, Callable[[Size], Iterator[Row]]] = {
 
 
 def command() -> Parser:
-    made = Parser(prog="python -m training.benchmark", description=__doc__.split("\n")[0], allow_abbrev=False)
+    made = Parser(
+        prog="python -m training.benchmark",
+        description="Ours and a peer, one after the other, and what of the goals is reached.",
+        usage="%(prog)s [PART ...] [--OPTION VALUE ...]",
+        allow_abbrev=False,
+    )
     made.add_argument("parts", nargs="*", help=f"What is measured, of {', '.join(PARTS)}; all without any.")
     made.add_argument("--size", type=Literal["whole", "tiny"], default="whole", help="Tiny only shows that it runs.")
-    made.add_argument("--goals", type=str, default=str(GOALS), help="YAML file of the least ratio by a row's name.")
+    made.add_argument("--goals", help="YAML file of the least ratio by a row's name; by default the package's.")
     made.add_argument("--out", help="File of records to add the rows to.")
     return made
 
@@ -376,7 +381,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.out:
         records.check_out(Path(given.out))
     try:
-        goals = yaml.safe_load(Path(given.goals).read_text(encoding="utf-8"))
+        goals = yaml.safe_load(Path(given.goals or GOALS).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         goals = error
     if not isinstance(goals, dict):

@@ -101,7 +101,7 @@ def split_table(told: Told) -> report.Table:
     """What each split, and what is held out of one, was for."""
     lines = [["images", "used for", "how many"]]
     for name, account in told.train.account.items():
-        use, count = account["use"], account.get("read", 0)
+        use, count = account["use"], account.get("read", account.get("images", 0))
         if use == "training" and "validation" not in {a["use"] for a in told.train.account.values()}:
             held = int(told.train.held_out[told.train.all].sum())
             lines.append([name, USES[use], f"{told.learned:,}"])

@@ -28,7 +28,7 @@ def command() -> Parser:
     parser = model_parser("embed", description, "--out OUT.parquet [--clusters ROUND]", UNUSED, sizes=True)
     parser.add_argument("--out", required=True, help="The table to write: .parquet, .csv or .npz, as its ending says.")
     parser.add_argument("--stage", type=int, help="Stage whose features are written; without one the pooled features.")
-    parser.add_argument("--clusters", help="A round's folder, runs/NAME/round_N: adds its labels and distances.")
+    parser.add_argument("--clusters", metavar="ROUND", help="runs/NAME/round_N: adds its labels and distances.")
     parser.add_argument("--batch_size", type=PositiveInt, default=256, help="Images of a forward pass.")
     return parser
 

@@ -36,12 +36,13 @@ def command() -> Parser:
     parser = Parser(
         prog="python -m training.push",
         description="Publish a run's hub/ or best/: config.json, model.safetensors, the card and its figures.",
+        usage="%(prog)s RUN ORG/NAME [--dry-run] [--OPTION ...]",
         allow_abbrev=False,
     )
     parser.add_argument("run", help="Run folder, runs/NAME, or one in it that has a card: hub/, best/ or last/.")
     parser.add_argument("repo", help="ORG/NAME on the Hub; made if it is not there.")
     parser.add_argument("--private", action="store_true", help="Make the repository private.")
-    parser.add_argument("--revision", help="Branch to push to; main without it. It must be there.")
+    parser.add_argument("--revision", metavar="BRANCH", help="Branch to push to; main without it. It must be there.")
     parser.add_argument("--create-pr", action="store_true", help="Open a pull request instead of pushing.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what others changed in the repository.")
     parser.add_argument("--dry-run", action="store_true", help="Show what would be sent, and send nothing.")

@@ -69,7 +69,8 @@ def _lines(parser: ArgumentParser, actions: Collection[Any]) -> Iterator[str]:
     for action in filter(_shown, actions):
         hint, default = getattr(action, "_typehint", None), parser.get_default(action.dest)
         name = action.option_strings[0] if action.option_strings else action.dest.upper()
-        takes = "" if action.nargs == 0 or not action.option_strings else f" {kind(hint) if hint else 'FILE'}"
+        value = kind(hint) if hint else action.metavar or "FILE"
+        takes = "" if action.nargs == 0 or not action.option_strings else f" {value}"
         without = "" if default in (None, {}, [], False) or not hint else f" [{_plain(default)}]"
         left, text = f"  {name}{takes}", " ".join((action.help or "").split()) + without
         if len(left) > INDENT - 2:

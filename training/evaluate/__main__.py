@@ -13,8 +13,8 @@ from . import Over, evaluate
 
 def command() -> Parser:
     description = "Measure the frozen features of a model by the protocols that runs are measured by."
-    parser = model_parser("evaluate", description, "[--residue PROXY] [--out RECORDS.jsonl]", sizes=True)
-    parser.add_argument("--residue", help="Also measure how well this proxy task's views are told apart.")
+    parser = model_parser("evaluate", description, "[--residue TASK] [--out RECORDS.jsonl]", sizes=True)
+    parser.add_argument("--residue", metavar="TASK", help="Also measure how well this task's views are told apart.")
     parser.add_argument("--out", help="File of records to add the figures to.")
     parser.add_class_arguments(recipe.Evaluate, "evaluate", skip={"every"})
     return parser
