@@ -161,6 +161,11 @@ def test_what_timm_cannot_build_is_refused(model, named):
         B.create(model, 32)
 
 
+def test_a_transformer_of_one_size_is_built_at_the_one_that_is_asked_for():
+    network = B.create(Model("vit_tiny_patch16_224"), 64)
+    assert network.pos_embed.shape[1] == 1 + (64 // 16) ** 2
+
+
 def test_a_stage_that_is_not_there_is_refused():
     network = build("test_resnet")
     assert B.resolve_stage(network, -1, "x") == 4

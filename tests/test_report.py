@@ -150,6 +150,8 @@ def test_both_sides_say_how_often_neighbours_are_of_the_class(tmp_path, monkeypa
     assert len(told) == 2
     assert "100% are of the same class" in told[1]
     assert "of all 9 held-out images" in told[1]
+    shown = [sum(bool(axis.images) for axis in row) for row in zip(*[iter(kept[0].axes)] * 14, strict=True)]
+    assert set(shown) == {1 + 6 + 6}
 
 
 def test_chance_is_marked_as_the_records_tell_it(tmp_path, monkeypatch):
@@ -171,7 +173,7 @@ def test_the_same_records_draw_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_contact_sheet_shows_the_nearest_images_first(tmp_path, labelled):
+def test_a_contact_sheet_shows_the_nearest_images_first(tmp_path, labelled, monkeypatch):
     import numpy as np
 
     from training.clusters import write_labels
@@ -179,7 +181,11 @@ def test_a_contact_sheet_shows_the_nearest_images_first(tmp_path, labelled):
     images = make_images(30, labelled=labelled)
     labels, distances = np.arange(30) % 3, np.linspace(1, 0, 30).astype(np.float32)
     write_labels(tmp_path / "l.parquet", images, images.all, {"label_3": labels, "distance_3": distances})
+    drawn_as, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn_as.append(figure) or save(figure, path))
     figures.contact_sheet(tmp_path / "sheet.png", images, tmp_path / "l.parquet", columns=4)
+    title = "All 3 clusters, the images nearest to each one's centre first"
+    assert [axis.get_title() for axis in drawn_as[0].axes] == [title, "", ""]
     words = figures._describe(images, 2, np.arange(0, 30, 4))
     assert words == "cluster 2: 8 images" + ("\n100% are of class 'class\n0'" if labelled else "")
     size, shades = drawn(tmp_path / "sheet.png")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 
@@ -95,6 +96,21 @@ def test_a_closed_stream_is_no_traceback(name, monkeypatch):
         raise Failed("x")
 
     assert guarded(fail, []) == 1
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_nobody_reads_any_more_is_written_nowhere(name, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, name, stream)
+
+    def fail(arguments):
+        stream.write("x")
+        raise Failed("x")
+
+    assert guarded(fail, []) == 1
+    stream.close()  # as Python does at its end, once more
 
 
 def test_an_interrupt_before_the_work_begins_is_no_traceback():
