@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from timm.layers import DropPath
 
 from tests.conftest import make_images
 from training import backbone as B
+from training import extraction
 from training.extraction import extract, features, plain_batch
 from training.files import Failed, Refused
 from training.recipe import Model
@@ -78,6 +81,15 @@ def test_batch_norm_buffers_go_with_their_module():
     low = B.low_names(network, 2, 32)
     assert {"bn1.running_mean", "layer2.1.bn2.running_var"} <= low
     assert "layer3.0.bn1.running_mean" not in low
+
+
+def test_buffers_of_modules_without_parameters_go_with_what_comes_out_of_these():
+    network = build("resnet18")
+    for layer in (network.layer1, network.layer2, network.layer4):
+        layer[0].bn1 = torch.nn.BatchNorm2d(layer[0].bn1.num_features, affine=False)
+    low = B.low_names(network, 2, 32)
+    assert {"layer1.0.bn1.running_mean", "layer2.0.bn1.running_var"} <= low
+    assert "layer4.0.bn1.running_mean" not in low
 
 
 def test_reinit_takes_the_constructors_initialisation():
@@ -186,6 +198,38 @@ def test_a_frozen_low_part_takes_its_dropout_along_and_leaves_the_high_part_alon
     images = make_images()
     extract(network, images, images.all, context.accelerator, 16)
     assert [module.training for module in network.modules()] == modes
+
+
+class Processes:
+    """Threads that gather as processes do, under the few names of an Accelerator that this takes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, count):
+        self.num_processes, self.place = count, threading.local()
+        self.given, self.met = [None] * count, threading.Barrier(count)
+
+    def gather(self, rows):
+        self.given[self.place.number] = rows
+        self.met.wait()
+        every = torch.cat(self.given)
+        self.met.wait()
+        return every
+
+    def run(self, work):
+        def one(number):
+            self.place.number = number
+            return work(number)
+
+        with ThreadPoolExecutor(self.num_processes) as pool:
+            return list(pool.map(one, range(self.num_processes)))
+
+
+def test_rows_of_processes_that_have_unequal_shares_come_together_in_order(monkeypatch):
+    monkeypatch.setattr(extraction, "GATHERED", 12)  # two rows of two at a time, of each of three
+    shares, processes = torch.arange(18.0).view(9, 2).split([2, 0, 7]), Processes(3)
+    for found in processes.run(lambda number: extraction.gather(shares[number], processes)):
+        assert torch.equal(found, torch.cat(shares))
 
 
 def test_a_folder_that_lacks_weights_is_not_loaded(tmp_path):

@@ -40,6 +40,15 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(c):
     assert probe.top1(other, truth) == pytest.approx(expected, abs=0.006)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+def test_the_linear_probe_does_not_depend_on_the_features_scale(scale):
+    rows, labels = data()
+    other, truth = data(seed=1)
+    own, scaled = linear.fit(rows, labels, 4, 1.0), linear.fit(scale * (rows - 3), labels, 4, 1.0)
+    assert torch.allclose(own.weight, scaled.weight, atol=2e-3)
+    assert own.top1(other, truth) == pytest.approx(scaled.top1(scale * (other - 3), truth), abs=0.006)
+
+
 def test_regularisation_is_chosen_on_the_held_out_part():
     rows, labels = data(40)
     held, truth = data(300, seed=2)

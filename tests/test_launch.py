@@ -110,6 +110,13 @@ def test_what_the_launcher_was_told_is_done_or_contradicted_aloud(monkeypatch, t
     assert "warning: fp32 is used, not bf16 as the launcher was told" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    plain = torch.nn.Linear(1, 1)
+    assert launch.start("fp32", None, str(tmp_path)).prepare(plain) is plain
+    assert capsys.readouterr().out == (
+        "warning: nothing is compiled, though the launcher's dynamo_backend asks for it.\n"
+    )
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     assert launch.resolve_precision("auto", False) == launch.resolve_precision("fp32", False) == "fp32"
     launch.start("fp32", None, str(tmp_path))
     assert capsys.readouterr().out == ""
@@ -133,6 +140,13 @@ def test_processes_that_cannot_find_each_other_are_refused(monkeypatch, tmp_path
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "Accelerator", lambda **kwargs: type("Alone", (), {"num_processes": 1})())
     with pytest.raises(Refused, match="2 processes were launched"):
+        launch.start("fp32", None, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", launch.SPREAD)
+def test_a_network_that_would_be_shared_out_is_refused(name, monkeypatch, tmp_path):
+    monkeypatch.setenv(launch.SPREAD[name], "true")
+    with pytest.raises(Refused, match=f"the launcher was told to use {name}"):
         launch.start("fp32", None, str(tmp_path))
 
 

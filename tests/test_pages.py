@@ -130,6 +130,17 @@ def test_every_page_is_there(made):
     assert sorted(made) == sorted(path.name for path in PAGES.iterdir())
 
 
+def test_what_each_split_was_for(tmp_path):
+    """A part is held out of the training split unless there is another split for that."""
+    images = make_images(40)
+    told = classifier_report.Told("x", [], images, 20, {}, "val", None, None)
+    images.account = {"train": {"use": "training", "read": 40}, "other": {"use": "not used", "images": 3}}
+    learned, held = ["train", "learned from", "20"], ["train, held-out part", "chooses best/", "8"]
+    assert classifier_report.split_table(told)[1:] == [learned, held, ["other", "not used", "3"]]
+    images.account = {"train": {"use": "training", "read": 40}, "val": {"use": "validation", "read": 5}}
+    assert classifier_report.split_table(told)[1:] == [learned, ["val", "chooses best/", "5"]]
+
+
 def test_a_classifier_keeps_its_figures_beside_its_card(tmp_path):
     classifier_pages(tmp_path)
     kept = {path.name for path in (tmp_path / "shoes" / "best" / "report").iterdir()}

@@ -193,6 +193,7 @@ def test_heic_is_read_where_the_plugin_is_installed():
         ("Thumbs.db", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 40, False),
         ("more.zip", b"PK\3\4", False),
         ("features.h5", b"\x89HDF\r\n\x1a\n", False),
+        ("a.im", b"", False),
     ],
 )
 def test_what_is_tried_as_an_image(name, content, tried, tmp_path):
@@ -226,6 +227,9 @@ def test_pictures_come_back_as_they_were_kept(sizes, limit, tmp_path):
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         assert torch.equal(squares[place, :, :side, :side], picture[:, top : top + side, left : left + side])
+    both, filled = found.windows(torch.tensor([1, 0]), lambda: None)  # one that may be bad, of no pixels, comes first
+    assert filled[0].tolist() == list(sizes[1])
+    assert torch.equal(both[1, :, : sizes[0][0], : sizes[0][1]], pictures[0])
 
 
 def test_of_a_long_picture_a_window_is_seen_anywhere_along_it():

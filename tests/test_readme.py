@@ -1,6 +1,7 @@
 """The README's tables are those of the committed records, and its commands exist."""
 
 import re
+import shutil
 
 import pytest
 import timm
@@ -25,6 +26,22 @@ def test_a_table_that_is_out_of_date_is_made_anew():
     stale = re.sub(r"(\| sslpp_\S+ \| )\d", r"\g<1>9", TEXT)
     assert stale != TEXT
     assert readme.fill(stale, ROOT / "hub_configs") == TEXT
+
+
+def test_the_command_writes_tables_figures_and_cards(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "hub_configs", tmp_path / "hub_configs")
+    page, card = tmp_path / "PAGE.md", tmp_path / "hub_configs" / "sslpp_resnet10t_s64.simclr_c10" / "CARD.md"
+    page.write_text("<!-- comparison: quickstart -->\n<!-- end -->\n")
+    figure = tmp_path / "hub_configs" / "quickstart" / "report" / "differences.png"
+    whole, drawn = card.read_text(), figure.read_bytes()
+    card.unlink()
+    figure.unlink()
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "PAGES", (page,))
+    readme.main([])
+    assert "| sslpp |" in page.read_text()
+    assert card.read_text() == whole
+    assert len(figure.read_bytes()) == pytest.approx(len(drawn), rel=0.2)  # fonts differ
 
 
 @pytest.mark.parametrize("name", timm.list_pretrained("sslpp_*"))

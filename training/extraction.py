@@ -3,6 +3,7 @@
 Every process extracts the features of its own share of the images, consecutive ones.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -139,7 +140,7 @@ def gather(rows: Tensor, accelerator: Accelerator) -> Tensor:
         return rows
     counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
     found: list[list[Tensor]] = [[] for _ in counts]
-    step = max(1, GATHERED // max(1, rows[:1].numel()) // len(counts))
+    step = max(1, GATHERED // max(1, math.prod(rows.shape[1:])) // len(counts))
     for start in range(0, max(counts), step):
         part = rows[start : start + step]
         length = min(step, max(counts) - start)
