@@ -79,6 +79,7 @@ def test_records_have_all_their_fields(finished):
     assert all(set(record) - {"deviation", "count"} == wanted for record in found)
     assert all(("deviation" in record) == (record["protocol"] == "lowshot") for record in found)
     assert {(r["arm"], r["round"]) for r in found} == {("random", 0), ("proxy_short", 0), ("sslpp", 1)}
+    assert {r["split"] for r in found if r["protocol"] in ("clusters", "task")} == {"train"}
     last = next(r for r in found if r["arm"] == "sslpp")
     assert last["weights_sha256"] == sha256_file(folder / "round_1" / "model.safetensors")
     assert last["images_seen"] == 2 * 32 + round(48 * 8 / 3) + 2 * 32
