@@ -1,7 +1,9 @@
 """The README's tables are those of the committed records, and its commands exist."""
 
 import re
+import runpy
 import shutil
+import sys
 
 import pytest
 import timm
@@ -54,9 +56,13 @@ def test_the_cards_of_the_shipped_backbones_are_those_of_their_records(name):
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"-m (training[.\w]*)", TEXT))))
-def test_the_commands_exist(module):
-    path = ROOT / module.replace(".", "/")
-    assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_commands_exist_and_read_their_arguments(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--nonsense", "x"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: .*nonsense.*\n", capsys.readouterr().err)
 
 
 def test_the_files_that_are_linked_exist():
