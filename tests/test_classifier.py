@@ -193,10 +193,11 @@ def test_it_is_published_with_a_card_of_its_own(name, tuned, hub):
 
 
 def test_the_recipe_of_a_run_goes_on_with_it(tuned, backbone):
-    before = read_lines(tuned[0] / "metrics.jsonl")
+    told = [tuned[0] / name for name in ("metrics.jsonl", "records.jsonl")]
+    before = [read_lines(path) for path in told]
     again = call(finetune.main, backbone, "--config", tuned[0] / "recipe.yaml")
     assert again.returncode == 0, again.stderr
-    assert read_lines(tuned[0] / "metrics.jsonl") == before
+    assert [read_lines(path) for path in told] == before
     other = call(finetune.main, backbone, "--config", tuned[0] / "recipe.yaml", "--lr", "0.5")
     assert (other.returncode, "lr: " in other.stderr) == (2, True)
 

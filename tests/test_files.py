@@ -124,6 +124,8 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(files.fcntl, "flock", flock)
     files.lock_folder(tmp_path).close()
     assert "without locks" in capsys.readouterr().err
+    with files.alone(tmp_path):
+        (tmp_path / "records.jsonl").touch()
 
 
 def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path):
