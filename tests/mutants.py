@@ -46,7 +46,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("training", "sslpp_models")
 # They need a GPU or other packages, or are about kills and full disks at any moment.
 LEFT_OUT = ("test_cuda.py", "test_downstream.py", "test_disks.py", "test_kills.py", "test_processes.py")
-FIRST, MORE = 6, 40  # seconds of a core that tests take
+FIRST, MORE = 6, 160  # seconds of a core that tests take
 PATIENCE = 600  # seconds, of those that wait for each other
 
 
