@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from training.files import read_lines
@@ -56,8 +57,9 @@ class Command:
         return True
 
     def signal(self, number):
-        """Send a signal and wait for the end; the exit status, negative for a signal's."""
-        os.kill(self.process.pid, number)
+        """Send a signal, if it is not too late, and wait for the end; the exit status, negative for a signal's."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
         return self.end()
 
     def kill(self):
