@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 data=$1 out=$2
 mkdir -p "$out"
 began=$SECONDS
-for name in sslpp_resnet10t_s64.simclr_c10 sslpp_convnext_atto_s64.simclr_c10; do
+for name in sslpp_resnet10t_s64.simclr_c10_v2 sslpp_convnext_atto_s64.simclr_c10; do
     OMP_NUM_THREADS=3 timeout -s TERM 450 python -m training --config "hub_configs/$name/recipe.yaml" --data.path "$data" \
         --run "runs/$name" >"$out/$name.log" 2>&1 &
 done
@@ -19,7 +19,7 @@ done
 OMP_NUM_THREADS=1 timeout 150 python -m pytest tests/test_cuda.py -n 8 --dist load -q --tb=short >"$out/tests.log" 2>&1
 tail -n 15 "$out/tests.log"
 wait
-for name in sslpp_resnet10t_s64.simclr_c10 sslpp_convnext_atto_s64.simclr_c10; do
+for name in sslpp_resnet10t_s64.simclr_c10_v2 sslpp_convnext_atto_s64.simclr_c10; do
     tail -c 400 "$out/$name.log"
     tar c -C runs --exclude "$name/checkpoints" "$name" | xz -T0 -1 | split -b 15M -a 1 - "$out/$name.tar.xz."
 done

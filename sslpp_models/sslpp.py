@@ -47,7 +47,7 @@ default_cfgs = generate_default_cfgs(
     {
         name: _cfg(name, **fields)
         for name, fields in {
-            "sslpp_resnet10t_s64.simclr_c10": {
+            "sslpp_resnet10t_s64.simclr_c10_v2": {
                 **_CIFAR10,
                 "input_size": (3, 64, 64),
                 "first_conv": "conv1.0",

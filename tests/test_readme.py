@@ -32,7 +32,7 @@ def test_a_table_that_is_out_of_date_is_made_anew():
 
 def test_the_command_writes_tables_figures_and_cards(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "hub_configs", tmp_path / "hub_configs")
-    page, card = tmp_path / "PAGE.md", tmp_path / "hub_configs" / "sslpp_resnet10t_s64.simclr_c10" / "CARD.md"
+    page, card = tmp_path / "PAGE.md", tmp_path / "hub_configs" / "sslpp_resnet10t_s64.simclr_c10_v2" / "CARD.md"
     page.write_text("<!-- comparison: quickstart -->\n<!-- end -->\n")
     figure = tmp_path / "hub_configs" / "quickstart" / "report" / "differences.png"
     whole, drawn = card.read_text(), figure.read_bytes()
