@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from tests.test_report import record
-from training import contrast, report
+from training import contrast, records, report
 
 
 def rows():
@@ -99,3 +99,31 @@ def test_tasks_side_by_side_show_what_each_and_ssl_add():
     assert made[0][1][6:8] == [f"{low:+.1f} to {high:+.1f}", "yes"]
     low, high = contrast.interval([2.0, 3.0, 1.0])
     assert made[1][1] == ["rotation", "60.0 ± 2.6 (3)", "62.0 ± 2.0 (3)", "+2.0", f"{low:+.1f} to {high:+.1f}", "no"]
+
+
+def test_proxy_tasks_on_other_images_too():
+    named = {"proxy": "scratch", "sslpp": "sslpp"}
+    base = [{**r, "arm": arm, "task": "rotation"} for arm, of in named.items() for r in rows() if r["arm"] == of]
+    base += [{**r, "task": "jigsaw"} for r in base if r["seed"] == 1]
+    base += [{**r, "task": "byol"} for r in base if r["arm"] == "proxy" and r["task"] == "rotation"]
+    away = {"protocol": "transfer", "data": "clothing@1"}
+    other = [
+        {**r, **away, "value": r["value"] / 2, "settings": {**r["settings"], "probe": r["protocol"]}}
+        for r in base
+        if r["task"] == "rotation" and (r["arm"] == "proxy" or r["seed"] != 2)  # a pair is missing
+    ]
+    head, *lines = contrast.across(base + other, "linear pooled")
+    assert head[1:] == [records.data_of(base[0]), "clothing"]
+    low, high = contrast.interval([2.0, 3.0, 1.0])
+    half_low, half_high = contrast.interval([1.0, 1.5])
+    assert lines == [
+        ["rotation", f"60.0 -> 62.0 (+2.0; {low:+.1f} to {high:+.1f})",
+         f"29.2 -> 30.5 (+1.2; {half_low:+.1f} to {half_high:+.1f})"],
+        ["jigsaw", "59.0 -> 62.0 (+3.0)", ""],
+    ]  # fmt: skip
+    assert contrast.tasks(base + other)[-2:] == [
+        contrast.across(base + other, f"{probe} pooled") for probe in ("linear", "knn")
+    ]
+    assert [lines[0][0] for lines in contrast.tasks(base)] == [
+        "proxy task", *(contrast.METRICS[f"{probe} pooled"] for probe in ("linear", "knn"))
+    ]  # fmt: skip

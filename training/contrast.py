@@ -218,15 +218,52 @@ def added(rows: Records, name: str) -> list[list[str]]:
 def tasks(rows: Records) -> list[list[list[str]]]:
     """Tables of proxy tasks side by side, those that have rows."""
     made = [learned(rows), *(added(rows, f"{protocol} pooled") for protocol in ("linear", "knn", "residue"))]
+    if others(rows):
+        made += [across(rows, f"{protocol} pooled") for protocol in ("linear", "knn")]
     return [lines for lines in made if len(lines) > 1]
+
+
+def others(rows: Records) -> list[str]:
+    """The other data sets that features were transferred to."""
+    return list(dict.fromkeys(records.data_of(r) for r in rows if r["protocol"] == "transfer"))
+
+
+def on(rows: Records, data: str) -> Records:
+    """The records of transfer to another data set, as if it were a run's own."""
+    here = [r for r in rows if r["protocol"] == "transfer" and records.data_of(r) == data]
+    return [{**r, "protocol": r["settings"]["probe"]} for r in here]
+
+
+def across(rows: Records, name: str) -> list[list[str]]:
+    """For each proxy task and data set, a metric of the task given the whole budget, of SSL++, and their difference."""
+    own = [r for r in rows if r["protocol"] != "transfer"]
+    found = {records.data_of(own[0]): own, **{data: on(rows, data) for data in others(rows)}}
+    lines = [[f"{METRICS[name]}: proxy -> sslpp", *found]]
+    for task in dict.fromkeys(r["task"] for r in rows):
+        cells = [step(final([r for r in here if r["task"] == task]), name) for here in found.values()]
+        if any(cells):
+            lines.append([task, *cells])
+    return lines
+
+
+def step(rows: Records, name: str) -> str:
+    """A metric of the task given the whole budget and of SSL++, means over the seeds of both, and their difference."""
+    split = report.split_of(rows)
+    differences = paired(rows, "sslpp", "proxy", name, split)
+    if not differences:
+        return ""
+    arms = ("proxy", "sslpp")
+    before, after = (statistics.mean(metric(rows, arm, seed, name, split) for seed in differences) for arm in arms)
+    between = interval(list(differences.values()))
+    told = "" if between is None else f"; {between[0]:+.1f} to {between[1]:+.1f}"
+    return f"{before:.1f} -> {after:.1f} ({after - before:+.1f}{told})"
 
 
 def transferred(rows: Records) -> list[list[list[str]]]:
     """Paired differences of pooled features on each other data set."""
     result = []
-    for data in dict.fromkeys(records.data_of(r) for r in rows if r["protocol"] == "transfer"):
-        here = [r for r in rows if r["protocol"] == "transfer" and records.data_of(r) == data]
-        here = [{**r, "protocol": r["settings"]["probe"]} for r in here]
+    for data in others(rows):
+        here = on(rows, data)
         for name in ("linear pooled", "knn pooled"):
             head, *lines = contrast(here, name, report.split_of(here))
             result.append([[f"{data}: {head[0]}", *head[1:]], *lines])

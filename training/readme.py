@@ -94,6 +94,7 @@ TABLES = {
     "comparison": of(contrast.tables),
     "verdict": of(lambda rows: ["\n".join(f"- {line}" for line in verdict.verdict(rows))]),
     "tasks": of(contrast.tasks),
+    "across": of(lambda rows: [contrast.across(rows, "linear pooled")]),
     "agreement": of(lambda rows: [agreement.agreement(rows, probe) for probe in agreement.PROBES]),
     "finetune": of(finetune_table, "finetune.jsonl"),
     "backbones": backbones_table,
