@@ -15,8 +15,8 @@ import pytest
 
 from tests.conftest import ROOT, TINY_RUN, call
 from training import arms as A
-from training import command, compare, contrast, records
-from training.files import Diverged, read_json
+from training import command, compare, contrast, launch, records, run
+from training.files import Diverged, read_json, write_json, write_lines
 from training.proxies import __main__ as tasks
 
 ARMS = '["random","proxy","scratch","keep_high","sslpp"]'
@@ -74,6 +74,31 @@ def test_the_card_of_sslpp_shows_its_controls(finished):
     assert re.search(r"sslpp \(.* %\) is .*keep_high \(", text)
     assert (hub / "report" / "arms.png").exists()
     assert "](report/arms.png)" in text
+
+
+@pytest.mark.parametrize("intact", [True, False])
+def test_what_an_arm_has_measured_is_taken_if_it_is_as_it_was_written(
+    intact, finished, picture_folder, tmp_path, capsys
+):
+    whole, done = finished
+    assert done.stdout.count("measuring random") == 2  # of two seeds
+    folder = tmp_path / "whole"
+    shutil.copytree(whole, folder)
+    place, told = folder / "seed_0" / "sslpp", records.read(folder / "seed_0" / "random" / "records.jsonl")
+    own = [r for r in records.read(place / "records.jsonl") if r["arm"] != "random"]
+    assert len(own) + len(told) == len(records.read(place / "records.jsonl"))
+    write_lines(place / "records.jsonl", own)
+    write_json(
+        place / "measured.json", {k: v for k, v in read_json(place / "measured.json").items() if k != "random 0"}
+    )
+    if not intact:
+        write_lines(folder / "seed_0" / "random" / "records.jsonl", [{**r, "value": r["value"] / 2} for r in told])
+    recipe = command.parse(["--config", str(whole / "seed_0" / "sslpp" / "recipe.yaml"), "--run", str(place)])
+    with launch.StopSignals() as stop:
+        run.run(recipe, stop, comparison=folder)
+    assert ("measuring random" not in capsys.readouterr().out) == intact
+    again = [r for r in records.read(place / "records.jsonl") if r["arm"] == "random"]
+    assert again == told
 
 
 def test_phases_that_arms_share_are_done_once(finished):

@@ -117,9 +117,9 @@ def test_proxy_tasks_on_other_images_too():
     low, high = contrast.interval([2.0, 3.0, 1.0])
     half_low, half_high = contrast.interval([1.0, 1.5])
     assert lines == [
-        ["rotation", f"60.0 -> 62.0 (+2.0; {low:+.1f} to {high:+.1f})",
-         f"29.2 -> 30.5 (+1.2; {half_low:+.1f} to {half_high:+.1f})"],
-        ["jigsaw", "59.0 -> 62.0 (+3.0)", ""],
+        ["rotation", f"60.0 → 62.0 (+2.0; {low:+.1f} to {high:+.1f})",
+         f"29.2 → 30.5 (+1.2; {half_low:+.1f} to {half_high:+.1f})"],
+        ["jigsaw", "59.0 → 62.0 (+3.0)", ""],
     ]  # fmt: skip
     assert contrast.tasks(base + other)[-2:] == [
         contrast.across(base + other, f"{probe} pooled") for probe in ("linear", "knn")

@@ -15,8 +15,7 @@ import timm
 import torch
 
 from tests.conftest import ROOT, TINY_RUN, call, write_png
-from training import clusters, command, embed, recipe, records
-from training import run as R
+from training import clusters, command, embed, once, recipe, records
 from training.__main__ import CONFIGS, fitting, main
 from training.evaluate import __main__ as evaluate
 from training.files import read_json, read_lines, sha256_file
@@ -442,7 +441,7 @@ def test_stages_that_are_chosen_without_labels_are_told_and_used(picture_folder,
 @pytest.mark.parametrize("late", [False, True])
 def test_processes_meet_as_often_however_late_they_look_for_a_shared_phase(late, tmp_path):
     shared, marker, read = tmp_path / "shared", tmp_path / "proxy" / "proxy.json", {"a": 1}
-    lent = R.lending(SimpleNamespace(shared=shared), marker, read)
+    lent = once.lending(SimpleNamespace(shared=shared), marker, read)
     met = []
 
     def main_process():
@@ -456,7 +455,7 @@ def test_processes_meet_as_often_however_late_they_look_for_a_shared_phase(late,
 
     main_process()
     this = SimpleNamespace(shared=shared, main=False, accelerator=SimpleNamespace(wait_for_everyone=wait))
-    R.once(this, marker, read, lambda: pytest.fail("done again"))
+    once.once(this, marker, read, lambda: pytest.fail("done again"))
     assert len(met) == 2
 
 

@@ -238,7 +238,7 @@ def across(rows: Records, name: str) -> list[list[str]]:
     """For each proxy task and data set, a metric of the task given the whole budget, of SSL++, and their difference."""
     own = [r for r in rows if r["protocol"] != "transfer"]
     found = {records.data_of(own[0]): own, **{data: on(rows, data) for data in others(rows)}}
-    lines = [[f"{METRICS[name]}: proxy -> sslpp", *found]]
+    lines = [[f"{METRICS[name]}: proxy → sslpp", *found]]
     for task in dict.fromkeys(r["task"] for r in rows):
         cells = [step(final([r for r in here if r["task"] == task]), name) for here in found.values()]
         if any(cells):
@@ -256,7 +256,7 @@ def step(rows: Records, name: str) -> str:
     before, after = (statistics.mean(metric(rows, arm, seed, name, split) for seed in differences) for arm in arms)
     between = interval(list(differences.values()))
     told = "" if between is None else f"; {between[0]:+.1f} to {between[1]:+.1f}"
-    return f"{before:.1f} -> {after:.1f} ({after - before:+.1f}{told})"
+    return f"{before:.1f} → {after:.1f} ({after - before:+.1f}{told})"
 
 
 def transferred(rows: Records) -> list[list[list[str]]]:
