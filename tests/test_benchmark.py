@@ -4,6 +4,8 @@ import pytest
 
 from tests.conftest import call
 from training import benchmark
+from training.benchmark import parts
+from training.benchmark.__main__ import main
 from training.files import read_lines
 
 
@@ -12,7 +14,7 @@ def test_a_missed_goal_is_named_and_ends_in_1(tmp_path):
     goals.write_text("linear probe over scikit-learn: 1000000\nk-means, linear growth in k: 0\n")
     pytest.importorskip("faiss")
     out = tmp_path / "records.jsonl"
-    done = call(benchmark.main, "evaluate", "growth", "--size", "tiny", "--goals", goals, "--out", out)
+    done = call(main, "evaluate", "growth", "--size", "tiny", "--goals", goals, "--out", out)
     assert done.returncode == 1
     assert "error: linear probe over scikit-learn: " in done.stderr
     assert "the goal is 1000000" in done.stderr
@@ -24,14 +26,14 @@ def test_a_missed_goal_is_named_and_ends_in_1(tmp_path):
 
 
 def test_steps_and_input_are_measured():
-    names = [row["name"] for part in (benchmark.step, benchmark.gathering) for row in part(benchmark.TINY)]
+    names = [row["name"] for part in (parts.step, parts.gathering) for row in part(benchmark.TINY)]
     assert names[0] == "loop over a bare step, CNN 32 px"
     assert names[len(benchmark.devices())] == "chosen precision and format over the best, mobilenetv3_small_100"
     assert len(names) == 1 + 2 * len(benchmark.devices())
 
 
 def test_an_unknown_part_is_refused():
-    done = call(benchmark.main, "speed")
+    done = call(main, "speed")
     assert done.returncode == 2
     assert "there is no part 'speed'" in done.stderr
 

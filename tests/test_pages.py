@@ -14,7 +14,6 @@ import torch
 
 from tests.conftest import make_images
 from training import (
-    benchmark,
     classifier_report,
     command,
     compare,
@@ -27,6 +26,7 @@ from training import (
     usage,
     verdict,
 )
+from training.benchmark import __main__ as benchmark
 from training.classifier import Answers
 from training.evaluate import __main__ as evaluate
 from training.explore import __main__ as explore

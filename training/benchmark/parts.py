@@ -1,16 +1,4 @@
-"""python -m training.benchmark [PART ...]: ours and a peer, one after the other, and what of the goals is reached.
-
-A ratio is the peer's CPU seconds over ours (on a GPU, seconds), the median over rounds with its quartiles; goals are in
-hub_configs/goals.yaml. The peers are in the extra `benchmark`.
-
-step      the loop, with its views, over a bare step on ready ones; a run's precision and memory format over the best.
-input     batches gathered from pixels over torch's DataLoader.
-views     over lightly's, torchvision's and kornia's.
-kmeans    over faiss: equal rows, and as many iterations as reach faiss's inertia.
-evaluate  nearest neighbours over faiss, the linear probe over scikit-learn.
-growth    twice the rows or clusters over once.
-start     what --help imports over --help; imports and five seconds over a run's first step, on 10,000 images.
-"""
+"""What is measured, a function for each part: its rows, one after the other."""
 
 import itertools
 import resource
@@ -18,56 +6,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
-from torch.nn.functional import normalize
 
-from . import backbone as B
-from . import launch, loop, proxies, records, report, views
-from .batches import ahead
-from .command import Parser, guarded
-from .evaluate import knn, linear
-from .files import Failed, Refused
-from .images import Images
-from .kmeans import kmeans
-from .launch import Key
-from .operations import suited
-from .pixels import Pixels
-from .recipe import Model, Views
+from .. import backbone as B
+from .. import launch, loop, proxies, views
+from ..batches import ahead
+from ..evaluate import knn, linear
+from ..kmeans import kmeans
+from ..launch import Key
+from ..operations import suited
+from ..recipe import Model, Views
+from . import TINY, Row, Size, devices, features, pictures, row, seconds, side_by_side
 
-GOALS = Path(__file__).parent.parent / "hub_configs" / "goals.yaml"
-GPU = "python -m training.benchmark step views kmeans"  # what has rows for a GPU
-
-
-@dataclass
-class Size:
-    """How much is measured.
-
-    Attributes:
-        rounds: of ours and the peer.
-        images: of a batch of views at 32 px; fewer where they are larger.
-        rows: rows a centroid.
-        k: numbers of clusters.
-        bank: rows that neighbours are looked for among.
-        sides: px.
-    """
-
-    rounds: int = 7
-    images: int = 256
-    rows: int = 32
-    k: tuple[int, ...] = (1000, 10000)
-    bank: int = 20000
-    sides: tuple[int, ...] = (32, 64, 224)
-
-
+ROOT = Path(__file__).parent.parent.parent
 NETWORKS = [
     ("mobilenetv3_small_100", 96),
     ("tf_efficientnet_lite0", 96),
@@ -75,60 +33,6 @@ NETWORKS = [
     ("resnet18", 96),
     ("vit_tiny_patch16_224", 224),
 ]
-TINY = Size(rounds=2, images=4, rows=8, k=(20,), bank=300, sides=(32,))
-Row = dict[str, Any]
-
-
-def seconds(device: str, work: Callable[[], Any]) -> tuple[float, float]:
-    """CPU seconds and seconds of some work."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.process_time() - cpu, time.perf_counter() - wall
-
-
-def side_by_side(name: str, peer: Callable, ours: Callable, rounds: int, device: str = "cpu", **told: Any) -> Row:
-    """A row: peer and ours in turn, after one of each that does not count."""
-    times = [(seconds(device, peer), seconds(device, ours)) for _ in range(rounds + 1)][1:]
-    return row(name, times, device, **told)
-
-
-def row(name: str, times: list, device: str = "cpu", **told: Any) -> Row:
-    """A row from ((CPU seconds, seconds) of the peer, of ours) of each round."""
-    table = np.array(times)  # [rounds, peer or ours, CPU or wall]
-    counted = table[:, :, 0 if device == "cpu" else 1]
-    low, middle, high = np.quantile(counted[:, 0] / counted[:, 1], [0.25, 0.5, 0.75]).tolist()
-    means = {"cpu": table[:, 1, 0], "wall": table[:, 1, 1], "peer_cpu": table[:, 0, 0], "peer_wall": table[:, 0, 1]}
-    spent = {key: float(np.median(value)) for key, value in means.items()}
-    name = name if device == "cpu" else f"{name}, GPU"
-    return {"name": name, "ratio": middle, "low": low, "high": high, "rounds": len(times), **spent, **told}
-
-
-def pictures(count: int, side: int, size: int) -> Images:
-    """Made-up images, smooth with some noise, as photographs are."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(count, 3, side // 8 + 1, side // 8 + 1, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear") * 200
-    pixels = (smooth + 55 * torch.rand(count, 3, side, side, generator=generator)).to(torch.uint8)
-    half = torch.arange(count) < 0
-    statistics = (0.5,) * 3, (0.25,) * 3
-    return Images(
-        Pixels.of(pixels), None, None, [str(i) for i in range(count)], half, "0" * 64, *statistics, size / side, size
-    )
-
-
-def features(count: int, width: int = 128) -> torch.Tensor:
-    """Made-up unit rows: many groups of unequal size, variances that fall as those of networks' features do."""
-    generator = torch.Generator().manual_seed(0)
-    spectrum = torch.arange(1, width + 1) ** -0.25
-    centres = torch.randn(max(10, count // 100), width, generator=generator)
-    drawn = (torch.rand(count, generator=generator) ** 2 * len(centres)).long()
-    return normalize((centres[drawn] + 1.2 * torch.randn(count, width, generator=generator)) * spectrum, dim=1)
-
-
-def devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def step(size: Size) -> Iterator[Row]:
@@ -324,7 +228,7 @@ def first_step(folder: Path, out: Path, count: int) -> float:
     arguments = f"--model.name resnet18 --clusters.k [10] --relearn.batch_size 8 --proxy.batch_size 8 {told}"
     began, log = time.perf_counter(), out / "metrics.jsonl"
     command, quiet = [sys.executable, "-m", "training", *arguments.split()], subprocess.DEVNULL
-    with subprocess.Popen(command, cwd=GOALS.parent.parent, stdout=quiet, stderr=quiet) as run:
+    with subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet) as run:
         while run.poll() is None and not (log.exists() and log.stat().st_size):
             time.sleep(0.01)
         wall = time.perf_counter() - began
@@ -335,7 +239,7 @@ def first_step(folder: Path, out: Path, count: int) -> float:
 def start(size: Size) -> Iterator[Row]:
     def spent(*command: str) -> tuple[float, float]:
         before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=GOALS.parent.parent)
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - wall
 
@@ -347,71 +251,3 @@ def start(size: Size) -> Iterator[Row]:
             goal, own = spent(*imports)[1] + 5, first_step(Path(folder), Path(out), size.bank // 2)
             times.append(((goal, goal), (own, own)))  # what somebody waits for
     yield row("imports and 5 s over the first step", times)
-
-
-PARTS: dict[str, Callable[[Size], Iterator[Row]]] = {
-    "step": step,
-    "input": gathering,
-    "views": random_views,
-    "kmeans": clusters,
-    "evaluate": protocols,
-    "growth": growth,
-    "start": start,
-}
-
-
-def command() -> Parser:
-    made = Parser(
-        prog="python -m training.benchmark",
-        description="Ours and a peer, one after the other, and what of the goals is reached.",
-        usage="%(prog)s [PART ...] [--OPTION VALUE ...]",
-        allow_abbrev=False,
-    )
-    made.add_argument("parts", nargs="*", help=f"What is measured, of {', '.join(PARTS)}; all without any.")
-    made.add_argument("--size", type=Literal["whole", "tiny"], default="whole", help="Tiny only shows that it runs.")
-    made.add_argument("--goals", help="YAML file of the least ratio by a row's name; by default the package's.")
-    made.add_argument("--out", help="File of records to add the rows to.")
-    return made
-
-
-def main(arguments: Sequence[str]) -> None:
-    given = command().read(arguments)
-    if wrong := [part for part in given.parts if part not in PARTS]:
-        raise Refused(f"there is no part {wrong[0]!r}; there are {', '.join(PARTS)}.")
-    if given.out:
-        records.check_out(Path(given.out))
-    try:
-        goals = yaml.safe_load(Path(given.goals or GOALS).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        goals = error
-    if not isinstance(goals, dict):
-        raise Refused(f"--goals: {given.goals} is no YAML file of ratios by name.")
-    size = TINY if given.size == "tiny" else Size()
-    device, found = records.device_name("cuda" if torch.cuda.is_available() else "cpu"), []
-    for part in given.parts or PARTS:
-        try:
-            for made in PARTS[part](size):
-                found.append({**made, "goal": goals.get(made["name"])})
-                print(f"{made['name']}: {made['ratio']:.2f}", file=sys.stderr)
-        except ModuleNotFoundError as error:
-            raise Refused(f"{part} is measured against {error.name}: pip install -e '.[benchmark]'") from error
-    head = ["", "ratio", "quartiles", "goal", "CPU s", "peer's", "s", "peer's"]
-    spent = ("cpu", "peer_cpu", "wall", "peer_wall")
-    lines = [
-        [r["name"], f"{r['ratio']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", str(r["goal"] or "")]
-        + [f"{r[name]:.3g}" for name in spent]
-        for r in found
-    ]
-    if not torch.cuda.is_available():
-        lines.append(["on a GPU", "not measured", GPU, *[""] * 5])
-    print(f"{device}; threads {torch.get_num_threads()}\n\n" + report.as_text([head, *lines]))
-    if given.out:
-        shared = {"arm": "benchmark", "protocol": "benchmark", "device": device, "versions": records.versions()}
-        told = [{**shared, "metric": r["name"], "value": r["ratio"], "settings": r} for r in found]
-        records.write(Path(given.out), told)
-    if short := [r for r in found if r["goal"] and r["ratio"] < r["goal"]]:
-        raise Failed("; ".join(f"{r['name']}: {r['ratio']:.2f}, the goal is {r['goal']}" for r in short))
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
