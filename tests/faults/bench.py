@@ -101,19 +101,25 @@ class Bench:
 
         began, whole, torn = time.monotonic(), self.folder / "whole", self.folder / "torn"
         assert start(whole).wait() == 0, (self.folder / "said").read_text()[-500:]
-        seconds = time.monotonic() - began
-        for _ in range(most):
+        seconds, done = time.monotonic() - began, 0
+        while done < most:
             launcher = start(torn)
             moment = time.monotonic() + self.rng.uniform(0.2, 0.9) * seconds
             while time.monotonic() < moment and launcher.poll() is None:
                 time.sleep(0.02)
-            family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
-            family[int(self.rng.integers(len(family)))].kill()
+            try:
+                family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+                family[int(self.rng.integers(len(family)))].kill()
+            except psutil.NoSuchProcess:  # too late
+                launcher.wait()
+                shutil.rmtree(torn, ignore_errors=True)
+                continue
             launcher.wait()
             # What is left behind notices, or waits in vain for the one that is gone, as a scheduler would not let it.
             for process in psutil.wait_procs(family, timeout=20)[1]:
                 process.kill()
             psutil.wait_procs(family)
+            done += 1
             self.count(f"kills, {name}", "killed")
         same = start(torn).wait() == 0 and results(torn) == results(whole)
         self.count(f"kills, {name}", "run to its end, the same bit for bit" if same else "WRONG: another end")
