@@ -15,7 +15,7 @@ import timm
 
 import sslpp_models  # noqa: F401  registers the backbones
 
-from . import agreement, card, charts, contrast, figures, records, report, verdict
+from . import agreement, benchmark, card, charts, contrast, figures, records, report, verdict
 from .command import guarded, parse, short_name
 from .files import write_text
 
@@ -96,6 +96,7 @@ TABLES = {
     "tasks": of(contrast.tasks),
     "across": of(lambda rows: [contrast.across(rows, "linear pooled")]),
     "agreement": of(lambda rows: [agreement.agreement(rows, probe) for probe in agreement.PROBES]),
+    "speed": of(lambda rows: [benchmark.table([row["settings"] for row in rows])]),
     "finetune": of(finetune_table, "finetune.jsonl"),
     "backbones": backbones_table,
     "gains": gains_table,

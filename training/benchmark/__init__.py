@@ -61,7 +61,19 @@ def row(name: str, times: list, device: str = "cpu", **told: Any) -> Row:
     means = {"cpu": table[:, 1, 0], "wall": table[:, 1, 1], "peer_cpu": table[:, 0, 0], "peer_wall": table[:, 0, 1]}
     spent = {key: float(np.median(value)) for key, value in means.items()}
     name = name if device == "cpu" else f"{name}, GPU"
-    return {"name": name, "ratio": middle, "low": low, "high": high, "rounds": len(times), **spent, **told}
+    measured = {"rounds": len(times), "threads": torch.get_num_threads() if device == "cpu" else None, **spent}
+    return {"name": name, "ratio": middle, "low": low, "high": high, **measured, **told}
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """A head, and a line for each row: the ratio, its quartiles and goal, what ours and the peer spend."""
+    lines = [["peer's time over ours", "ratio", "quartiles", "goal", "threads", "CPU s", "peer's", "s", "peer's"]]
+    for r in rows:
+        told = [r["name"], f"{r['ratio']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", str(r["goal"] or "")]
+        lines.append(
+            [*told, str(r["threads"] or ""), *(f"{r[key]:.3g}" for key in ("cpu", "peer_cpu", "wall", "peer_wall"))]
+        )
+    return lines
 
 
 def pictures(count: int, side: int, size: int) -> Images:

@@ -9,6 +9,7 @@ views     over lightly's, torchvision's and kornia's.
 kmeans    over faiss: equal rows, and as many iterations as reach faiss's inertia.
 evaluate  nearest neighbours over faiss, the linear probe over scikit-learn.
 growth    twice the rows or clusters over once.
+train     an epoch of SimCLR, of commands, over LightlyTrain's, if that is on the PATH (it wants a venv of its own).
 start     what --help imports over --help; imports and five seconds over a run's first step, on 10,000 images.
 """
 
@@ -23,7 +24,7 @@ import yaml
 from .. import records, report
 from ..command import Parser, guarded
 from ..files import Failed, Refused
-from . import TINY, Row, Size, parts
+from . import TINY, Row, Size, parts, table
 
 GOALS = parts.ROOT / "hub_configs" / "goals.yaml"
 GPU = "python -m training.benchmark step views kmeans"  # what has rows for a GPU
@@ -35,6 +36,7 @@ PARTS: dict[str, Callable[[Size], Iterator[Row]]] = {
     "kmeans": parts.clusters,
     "evaluate": parts.protocols,
     "growth": parts.growth,
+    "train": parts.commands,
     "start": parts.start,
 }
 
@@ -74,16 +76,10 @@ def main(arguments: Sequence[str]) -> None:
                 print(f"{made['name']}: {made['ratio']:.2f}", file=sys.stderr)
         except ModuleNotFoundError as error:
             raise Refused(f"{part} is measured against {error.name}: pip install -e '.[benchmark]'") from error
-    head = ["", "ratio", "quartiles", "goal", "CPU s", "peer's", "s", "peer's"]
-    spent = ("cpu", "peer_cpu", "wall", "peer_wall")
-    lines = [
-        [r["name"], f"{r['ratio']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", str(r["goal"] or "")]
-        + [f"{r[name]:.3g}" for name in spent]
-        for r in found
-    ]
+    lines = table(found)
     if not torch.cuda.is_available():
-        lines.append(["on a GPU", "not measured", GPU, *[""] * 5])
-    print(f"{device}; threads {torch.get_num_threads()}\n\n" + report.as_text([head, *lines]))
+        lines.append(["on a GPU", "not measured", GPU, *[""] * 6])
+    print(f"{device}; threads {torch.get_num_threads()}\n\n" + report.as_text(lines))
     if given.out:
         shared = {"arm": "benchmark", "protocol": "benchmark", "device": device, "versions": records.versions()}
         told = [{**shared, "metric": r["name"], "value": r["ratio"], "settings": r} for r in found]

@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -109,8 +110,14 @@ def gathering(size: Size) -> Iterator[Row]:
 
 
 def random_views(size: Size) -> Iterator[Row]:
-    for side in size.sides:
-        yield from _views(side, size)
+    """On one core, since that is what one of lightly's workers has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for side in size.sides:
+            yield from _views(side, size)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _views(side: int, size: Size) -> Iterator[Row]:
@@ -220,10 +227,50 @@ def growth(size: Size) -> Iterator[Row]:
         yield {**found, **{key: 2 * found[key] for key in ("ratio", "low", "high")}}
 
 
+def write_pictures(folder: Path, count: int, side: int) -> None:
+    for i, picture in enumerate(pictures(count, side, side).pixels.stacked):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+
+
+def spent(*command: str) -> tuple[float, float]:
+    """CPU seconds and seconds of a command."""
+    before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - wall
+
+
+def commands(size: Size) -> Iterator[Row]:
+    peer = shutil.which("lightly-train")
+    if peer is None:
+        print("train: not measured, since there is no lightly-train on the PATH", file=sys.stderr)
+        return
+    steps, side, batch = (8, 64, 64) if size != TINY else (2, 32, 8)
+    with tempfile.TemporaryDirectory() as data, tempfile.TemporaryDirectory() as out:
+        write_pictures(Path(data), steps * batch + 8, 2 * side)  # eight are held out, by ours
+
+        def theirs(epochs: int) -> list[str]:
+            own = "method=simclr model=torchvision/resnet18 accelerator=cpu precision=32-true overwrite=True"
+            told = f"batch_size={batch} transform_args.image_size=[{side},{side}] epochs={epochs} num_workers=0"
+            return [peer, "pretrain", f"data={data}", f"out={out}/peer", *own.split(), *told.split()]
+
+        def ours(epochs: int) -> list[str]:
+            own = "--proxy.name simclr --model.name resnet18 --precision fp32 --relearn.rounds 0 --evaluate.every 0"
+            told = f"--proxy.batch_size {batch} --data.size {side} --proxy.epochs {epochs}"
+            held = f"--data.val_fraction {8 / (steps * batch + 8)} --run {tempfile.mkdtemp(dir=out)}"
+            return [sys.executable, "-m", "training", "--data.path", data, *f"{own} {told} {held}".split()]
+
+        def epoch(command: Callable[[int], list[str]]) -> tuple[float, float]:
+            three, one = spent(*command(3)), spent(*command(1))
+            return (three[0] - one[0]) / 2, (three[1] - one[1]) / 2
+
+        times = [(epoch(theirs), epoch(ours)) for _ in range(1 + size.rounds // 3)]
+    yield row(f"an epoch of SimCLR over LightlyTrain's, {side} px", times)
+
+
 def first_step(folder: Path, out: Path, count: int) -> float:
     """Seconds of a run on `count` images of 32 px until its first step is done; then it is killed."""
-    for i, picture in enumerate(pictures(count, 32, 32).pixels.stacked):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    write_pictures(folder, count, 32)
     told = f"--data.path {folder} --run {out} --data.size 32 --log.every 1"
     arguments = f"--model.name resnet18 --clusters.k [10] --relearn.batch_size 8 --proxy.batch_size 8 {told}"
     began, log = time.perf_counter(), out / "metrics.jsonl"
@@ -237,14 +284,9 @@ def first_step(folder: Path, out: Path, count: int) -> float:
 
 
 def start(size: Size) -> Iterator[Row]:
-    def spent(*command: str) -> tuple[float, float]:
-        before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - wall
-
-    imports = "-c", "import torch, timm, accelerate, datasets"
-    yield row("imports over --help", [(spent(*imports), spent("-m", "training", "--help")) for _ in range(size.rounds)])
+    imports = sys.executable, "-c", "import torch, timm, accelerate, datasets"
+    told = sys.executable, "-m", "training", "--help"
+    yield row("imports over --help", [(spent(*imports), spent(*told)) for _ in range(size.rounds)])
     times = []
     for _ in range(1 + size.rounds // 3):
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:

@@ -70,13 +70,14 @@ def fit(features: Tensor, labels: Tensor, classes: int, c: float, start: Probe |
     @torch.no_grad()
     def closure() -> Tensor:
         weight = moved @ step
-        log_probabilities = F.log_softmax(F.linear(rows, weight, bias), 1)
-        loss = F.nll_loss(log_probabilities, labels) + weight.square().sum() / (2 * c * n)
+        # [classes, n]: over the first dimension a softmax is many times as fast.
+        log_probabilities = F.log_softmax(torch.addmm(bias[:, None], weight, rows.T), 0)
+        loss = weight.square().sum() / (2 * c * n) - log_probabilities[labels, place].mean()
         residual = log_probabilities.exp_()
-        residual[place, labels] -= 1
+        residual[labels, place] -= 1
         residual /= n
-        moved.grad = (residual.T @ rows + weight / (c * n)) @ step.T
-        bias.grad = residual.sum(0)
+        moved.grad = (residual @ rows + weight / (c * n)) @ step.T
+        bias.grad = residual.sum(1)
         return loss
 
     optimizer.step(closure)
