@@ -88,6 +88,11 @@ def suited(network: nn.Module, size: int) -> tuple[torch.memory_format, bool]:
     return torch.channels_last if last else torch.contiguous_format, bf16
 
 
+def placed(network: nn.Module, device: torch.device, size: int) -> nn.Module:
+    """A network on a device, in the memory format that suits it at a size, px; so that it gives the same everywhere."""
+    return network.to(device, memory_format=suited(network, size)[0])
+
+
 @contextmanager
 def counting_flops() -> Iterator[FlopCounterMode]:
     """Count floating-point operations; those of fused attention, too, which torch counts on some devices only."""

@@ -13,6 +13,7 @@ from .embed import UNUSED
 from .guesses import SHOWN, sheet, short
 from .images import Images
 from .limits import PositiveInt
+from .operations import placed
 
 ENDINGS = (".csv", ".parquet")
 Doubt = tuple[float, Images, int, str]  # probability of the likeliest class, image, caption
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(given.out)
     tables.check(out, ENDINGS)
     with inputs.one_process("predict") as context:
-        network = inputs.model(given.model, head=True).to(context.accelerator.device)
+        network = inputs.model(given.model, head=True)
+        network = placed(network, context.accelerator.device, inputs.own_size(network))
         names = classifier.label_names(network)
         doubts: list[Doubt] = []
         said: Counter[str] = Counter()

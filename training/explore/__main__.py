@@ -22,6 +22,7 @@ from ..files import Failed, Refused, refuse_out, whole_file
 from ..images import Images
 from ..limits import PositiveInt
 from ..loop import Context
+from ..operations import placed
 from ..setup import scaled_for
 from . import FEWEST, Found
 
@@ -129,13 +130,13 @@ def of_run(folder: Path, data: recipe.Data, count: int, batch_size: int, context
     rounds = [path for path in numbers if numbers[path].isdecimal() and (path / "model.safetensors").exists()]
     rounds.sort(key=lambda path: int(numbers[path]))
     sides = {"before relearning": folder / "proxy"} | ({"after relearning": rounds[-1]} if rounds else {})
-    networks = {name: B.load(path).to(context.accelerator.device) for name, path in sides.items()}
+    networks = {name: B.load(path) for name, path in sides.items()}
     first = next(iter(networks.values()))
     loaded, places = some(scaled_for(first, dataclasses.replace(own, **changed)), count, context.folder)
     table = rows_of(rounds[-1] / "labels.parquet", loaded, places) if rounds else None
     features = {}
     for name, network in networks.items():
-        seen = B.as_seen_by(network, loaded)
+        seen, network = B.as_seen_by(network, loaded), placed(network, context.accelerator.device, loaded.size)
         context.say(f"features {name} of {len(loaded.all):,} images")
         features[name] = extract(network, seen, seen.all, context.accelerator, batch_size)["pooled"]
     return known(loaded, features, table)
