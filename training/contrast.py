@@ -254,9 +254,8 @@ def step(rows: Records, name: str) -> str:
         return ""
     arms = ("proxy", "sslpp")
     before, after = (statistics.mean(metric(rows, arm, seed, name, split) for seed in differences) for arm in arms)
-    between = interval(list(differences.values()))
-    told = "" if between is None else f"; {between[0]:+.1f} to {between[1]:+.1f}"
-    return f"{before:.1f} → {after:.1f} ({after - before:+.1f}{told})"
+    between = f"; {told(list(differences.values()))[0]}" if len(differences) > 1 else ""
+    return f"{before:.1f} → {after:.1f} ({after - before:+.1f}{between})"
 
 
 def transferred(rows: Records) -> list[list[list[str]]]:
