@@ -15,7 +15,7 @@ import timm
 import torch
 
 from tests.conftest import ROOT, TINY_RUN, call, write_png
-from training import clusters, command, embed, once, recipe, records
+from training import clusters, command, config, embed, once, recipe, records
 from training.__main__ import CONFIGS, fitting, main
 from training.evaluate import __main__ as evaluate
 from training.files import read_json, read_lines, sha256_file
@@ -465,7 +465,7 @@ def test_without_a_recipe_one_that_fits_the_machine_is_taken_and_said(monkeypatc
         made = command.parse(fitting(["--data.path", "photos", "--relearn.epochs", "7"]))
         assert f"no --config: {name} is taken" in capsys.readouterr().out
         assert (made.run, made.relearn.epochs) == (f"runs/{name}", 7)
-        own = command.load_recipe(CONFIGS / name / "recipe.yaml")
+        own = config.load(CONFIGS / name / "recipe.yaml")
         assert (made.model.name, made.data.size) == (own["model"]["name"], own["data"]["size"])
     for named in (["--config", "x.yaml"], ["--model.name=resnet18"], ["--proxy.name", "byol"], ["--help"]):
         assert fitting(named) == named

@@ -20,13 +20,11 @@ from .loop import Context
 from .operations import placed
 
 ROWS = 8192  # images between two writes
-# Nothing is held out, drawn or tested, and what cannot be decoded becomes null.
-UNUSED = ("limit", "val_fraction", "split_seed", "test_split", "labels", "label_column", "max_bad_fraction")
 
 
 def command() -> Parser:
     description = "Write the features of images, with their paths, as a table: every split, or --data.split alone."
-    parser = model_parser("embed", description, "--out OUT.parquet [--clusters ROUND]", UNUSED, sizes=True)
+    parser = model_parser("embed", description, "--out OUT.parquet [--clusters ROUND]", inputs.UNUSED, sizes=True)
     parser.add_argument("--out", required=True, help="The table to write: .parquet, .csv or .npz, as its ending says.")
     parser.add_argument("--stage", type=int, help="Stage whose features are written; without one the pooled features.")
     parser.add_argument("--clusters", metavar="ROUND", help="runs/NAME/round_N: adds its labels and distances.")

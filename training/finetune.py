@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import inputs, launch, longer, peaks, records, report
+from . import config, inputs, launch, longer, peaks, records, report
 from .classifier import Classify, Finetune, head_names
 from .command import (
     NO_STATISTICS,
@@ -21,7 +21,6 @@ from .command import (
     check_data,
     check_schedule,
     guarded,
-    load_recipe,
     model_parser,
     named_folder,
     short_name,
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command()
     for _, file in asked(arguments, "--config"):
         if Path(file).is_file():  # if not, the parser says so
-            load_recipe(Path(file), Finetune, "epochs: 5")
+            config.load(Path(file), Finetune, "epochs: 5")
     values = parser.read(arguments)
     name = values.pop("model")
     made = parser.instantiate(values)

@@ -20,6 +20,9 @@ from .loop import Context
 from .recipe import Data, Model
 from .setup import Splits, load_splits, scaled_for
 
+# What `every_split` has no use for: nothing is held out, drawn or tested, and what cannot be decoded keeps its place.
+UNUSED = ("limit", "val_fraction", "split_seed", "test_split", "labels", "label_column", "max_bad_fraction")
+
 
 @contextmanager
 def one_process(command: str) -> Iterator[Context]:

@@ -9,7 +9,6 @@ import pyarrow as pa
 
 from . import classifier, inputs, recipe, tables
 from .command import Parser, check_data, guarded, model_parser
-from .embed import UNUSED
 from .guesses import SHOWN, sheet, short
 from .images import Images
 from .limits import PositiveInt
@@ -21,7 +20,7 @@ Doubt = tuple[float, Images, int, str]  # probability of the likeliest class, im
 
 def command() -> Parser:
     description = "Write the likeliest class of images and its probability, as a table; no labels are needed."
-    parser = model_parser("predict", description, "--out OUT.csv", UNUSED)
+    parser = model_parser("predict", description, "--out OUT.csv", inputs.UNUSED)
     parser.add_argument("--out", required=True, help="The table to write: .csv or .parquet, as its ending says.")
     parser.add_argument("--batch_size", type=PositiveInt, default=256, help="Images of a forward pass.")
     return parser
