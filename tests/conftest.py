@@ -25,6 +25,7 @@ from huggingface_hub.utils import _http
 from PIL import Image
 
 from tests.hub_server import Hub
+from training import __main__ as training
 from training import launch
 from training.command import guarded
 from training.images import Images
@@ -137,6 +138,11 @@ def call(main, *arguments):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = guarded(main, [str(argument) for argument in arguments])
     return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def tiny_run(folder, data, *more):
+    """A tiny run in this process."""
+    return call(training.main, *TINY_RUN, "--data.path", data, "--run", folder, *more)
 
 
 def write_png(path, array):

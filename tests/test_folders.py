@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tests.conftest import TINY_RUN, call, write_png
+from tests.conftest import call, tiny_run, write_png
 from training import folders as F
 from training import images as I
 from training import records, report
@@ -203,7 +203,7 @@ def test_the_real_command_tells_what_it_read(tmp_path):
     good, bad, others = ugly(root)
     tree(root, {"cat": 20, "dog/pug": 20}, start=20)
     options = ["--data.max_bad_fraction", "0.5", "--proxy.epochs", "1", "--relearn.epochs", "1"]
-    done = call(main, *TINY_RUN, *options, "--data.path", root, "--run", tmp_path / "run")
+    done = tiny_run(tmp_path / "run", root, *options)
     assert done.returncode == 0, done.stderr
     line = f"train: training ({good + 40} read, {len(bad)} bad, {others} no images)"
     assert line in done.stdout

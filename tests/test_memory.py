@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import TINY_RUN, call, make_images
-from training import __main__ as training
+from tests.conftest import make_images, tiny_run
 from training import backbone as B
 from training import clusters, images, memory, peaks
 from training.files import Failed, Refused
@@ -124,7 +123,7 @@ def test_what_autograd_keeps_is_counted_for_a_view_alone():
 
 def test_a_run_says_what_it_takes_and_refuses_before_it_begins(picture_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(peaks, "free_memory", lambda: 3e6)
-    done = call(training.main, *TINY_RUN, "--data.path", picture_folder, "--run", tmp_path / "run")
+    done = tiny_run(tmp_path / "run", picture_folder)
     assert done.returncode == 2
     assert "would take about" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -9,10 +9,9 @@ from contextlib import nullcontext
 import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
-from tests.conftest import ROOT, TINY_RUN, call, command, make_images
+from tests.conftest import ROOT, TINY_RUN, command, make_images, tiny_run
 from training import backbone as B
 from training import records
-from training.__main__ import main
 from training.clusters import read_labels
 from training.files import Refused, read_json, read_lines
 from training.recipe import Model, Schedule
@@ -68,7 +67,7 @@ def test_one_process_goes_on_from_two_ones_checkpoint_as_they_did(runs, picture_
     shutil.copytree(runs["two"], folder)
     (folder / "round_1" / "relearn.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "relearn_1_00000024")
-    done = call(main, *TINY_RUN, *PLAIN, "--data.path", picture_folder, "--run", folder)
+    done = tiny_run(folder, picture_folder, *PLAIN)
     assert done.returncode == 0, done.stderr
     found, told = (
         [r for r in read_lines(f / "metrics.jsonl") if r["phase"] == "relearn"] for f in (folder, runs["two"])

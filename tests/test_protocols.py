@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -251,8 +252,6 @@ def test_records_of_transfer_name_both_data_sets(watched, picture_folder):
 
 
 def test_other_data_without_labels_are_refused(picture_folder, tmp_path):
-    import shutil
-
     flat = tmp_path / "flat"
     shutil.copytree(picture_folder / "train" / "class 0", flat)
     options = [*TINY_RUN, "--data.path", picture_folder, "--evaluate.transfer", f"[{flat}]"]

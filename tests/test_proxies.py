@@ -9,7 +9,7 @@ import torch
 from tests.conftest import make_images
 from training import backbone as B
 from training import clusters, command, loop, proxies, recipe, usage, views
-from training.files import Refused
+from training.files import Refused, read_lines
 from training.launch import Key
 from training.proxies.rotation import Rotation
 from training.recipe import Model, Proxy, Schedule, Views
@@ -46,8 +46,6 @@ def test_rotation_is_learned(context):
     task = build(images, epochs=6, batch_size=16, lr=0.05)
     task.views.flip = 0.0
     loop.train(task, images, images.train, Proxy(epochs=6, batch_size=16, lr=0.05), Key(0, "proxy"), context, "x")
-    from training.files import read_lines
-
     rows = read_lines(context.folder / "metrics.jsonl")
     assert sum(row["accuracy"] for row in rows[-8:]) / 8 > 0.6
     assert sum(row["accuracy"] for row in rows[:4]) / 4 < 0.5

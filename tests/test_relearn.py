@@ -7,7 +7,7 @@ from tests.conftest import make_images
 from training import backbone as B
 from training import loop, views
 from training import relearn as R
-from training.files import Refused
+from training.files import Refused, read_lines
 from training.launch import Key
 from training.recipe import Model, Views
 from training.recipe import Relearn as Settings
@@ -191,7 +191,5 @@ def test_a_split_that_leaves_no_high_part_is_refused():
 def test_relearning_learns_the_labels(context):
     images = make_images(160)
     go(images, context, epochs=8, batch_size=16)
-    from training.files import read_lines
-
     rows = read_lines(context.folder / "metrics.jsonl")
     assert rows[-1]["accuracy"] > 0.8

@@ -2,12 +2,14 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.conftest import make_images
 from training import figures, records, report
+from training.clusters import write_labels
 from training.files import write_lines
 
 
@@ -174,10 +176,6 @@ def test_the_same_records_draw_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_contact_sheet_shows_the_nearest_images_first(tmp_path, labelled, monkeypatch):
-    import numpy as np
-
-    from training.clusters import write_labels
-
     images = make_images(30, labelled=labelled)
     labels, distances = np.arange(30) % 3, np.linspace(1, 0, 30).astype(np.float32)
     write_labels(tmp_path / "l.parquet", images, images.all, {"label_3": labels, "distance_3": distances})

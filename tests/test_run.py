@@ -1,11 +1,11 @@
-"""The real command, end to end, on tiny data; what was kept is not done again; what is wrong is refused first."""
+"""The real command, end to end, on tiny data; what is wrong is refused first."""
 
+import errno
 import json
 import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,16 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from PIL import Image
 
-from tests.conftest import ROOT, TINY_RUN, call, write_png
-from training import clusters, command, config, embed, once, recipe, records
-from training.__main__ import CONFIGS, fitting, main
+from tests.conftest import ROOT, call, tiny_run
+from training import clusters, command, config, embed, records
+from training.__main__ import CONFIGS, fitting
 from training.evaluate import __main__ as evaluate
 from training.files import read_json, read_lines, sha256_file
-
-
-def train(folder, data, *more):
-    return call(main, *TINY_RUN, "--data.path", data, "--run", folder, *more)
 
 
 def test_a_folder_of_images_becomes_a_run_folder(finished):
@@ -93,24 +90,6 @@ def test_labels_belong_to_their_images(finished, picture_folder):
     assert all((picture_folder / path).exists() for path in paths)
 
 
-def test_the_same_command_again_does_nothing_again(finished, picture_folder):
-    folder, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors") if "hub" not in path.parts}
-    lines = (folder / "metrics.jsonl").read_bytes()
-    again = train(folder, picture_folder)
-    assert again.returncode == 0, again.stderr
-    assert "measuring" not in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (folder / "metrics.jsonl").read_bytes() == lines
-
-
-def test_the_resolved_recipe_runs_as_it_is(finished, picture_folder):
-    folder, _ = finished
-    again = call(main, "--config", folder / "recipe.yaml")
-    assert again.returncode == 0, again.stderr
-    assert "measuring" not in again.stdout
-
-
 def test_hub_loads_where_this_project_is_not(finished, tmp_path):
     folder, _ = finished
     code = f"""
@@ -155,27 +134,11 @@ def test_embed_writes_features_with_paths_and_earlier_labels(finished, picture_f
     assert table["distance_3"].to_pylist() == pytest.approx(labels["distance_3"].to_pylist(), abs=1e-5)
     model = timm.create_model(f"local-dir:{folder / 'hub'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    from PIL import Image
-
     for row in (0, 31):
         picture = Image.open(picture_folder / table["path"][row].as_py())
         with torch.no_grad():
             expected = model(transform(picture).unsqueeze(0))[0]
         assert torch.allclose(torch.tensor(table["features"][row].as_py()), expected, atol=2e-3)
-
-
-def test_a_second_round_is_added_to_a_finished_run(finished, picture_folder, tmp_path):
-    import shutil
-
-    folder = tmp_path / "tiny"
-    shutil.copytree(finished[0], folder)
-    first = sha256_file(folder / "round_1" / "model.safetensors")
-    done = train(folder, picture_folder, "--relearn.rounds", 2)
-    assert done.returncode == 0, done.stderr
-    assert sha256_file(folder / "round_1" / "model.safetensors") == first
-    assert sha256_file(folder / "hub" / "model.safetensors") == sha256_file(folder / "round_2" / "model.safetensors")
-    assert {r["round"] for r in records.read(folder / "records.jsonl") if r["arm"] == "sslpp"} == {1, 2}
-    assert read_json(folder / "round_2" / "clusters.json")["read"]["backbone"] == first
 
 
 @pytest.mark.parametrize(
@@ -200,7 +163,7 @@ def test_a_second_round_is_added_to_a_finished_run(finished, picture_folder, tmp
 def test_what_cannot_work_is_refused_before_anything_runs(finished, picture_folder, arguments, status, named):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    done = train(folder, picture_folder, *arguments)
+    done = tiny_run(folder, picture_folder, *arguments)
     assert done.returncode == status, done.stderr
     assert done.stderr.count("\n") == 1
     assert named in done.stderr
@@ -215,121 +178,21 @@ def test_a_refused_request_leaves_nothing_behind(picture_folder, tmp_path):
         ("proxy.accumulate", 8, "proxy.batch_size: 8 leaves a micro-batch one image"),
         ("relearn.accumulate", 8, "relearn.batch_size: 8 leaves a micro-batch one image"),
     ):
-        done = train(folder, picture_folder, f"--{field}", value)
+        done = tiny_run(folder, picture_folder, f"--{field}", value)
         assert (done.returncode, said in done.stderr) == (2, True)
         assert not (tmp_path / "runs").exists()
-    assert train(folder, picture_folder, "--data.limit", "40", "--relearn.rounds", "0").returncode == 0
+    assert tiny_run(folder, picture_folder, "--data.limit", "40", "--relearn.rounds", "0").returncode == 0
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert train(folder, picture_folder, "--data.limit", "41").returncode == 2
+    assert tiny_run(folder, picture_folder, "--data.limit", "41").returncode == 2
     shutil.copytree(picture_folder, tmp_path / "data")
     first, second = sorted((tmp_path / "data" / "train").rglob("*.png"))[:2]
     second.write_bytes(first.read_bytes())
-    done = train(folder, tmp_path / "data", "--data.limit", "40", "--relearn.rounds", "0")
+    done = tiny_run(folder, tmp_path / "data", "--data.limit", "40", "--relearn.rounds", "0")
     assert (done.returncode, "other images (as many, but files were renamed or changed" in done.stderr) == (2, True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
 
-def test_true_labels_that_change_are_noticed_where_they_are_used(tmp_path):
-    data, pixels = tmp_path / "data", np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3))
-    for i, pixel in enumerate(pixels):
-        write_png(data / f"{i:02d}.png", pixel)
-    table = tmp_path / "t.csv"
-
-    def labels(words):
-        table.write_text("file,label\n" + "".join(f"{i:02d}.png,{words[i % len(words)]}\n" for i in range(40)))
-
-    options = ["--data.labels", table, "--proxy.epochs", "0", "--relearn.epochs", "1"]
-    labels("ab")
-    assert train(tmp_path / "run", data, *options).returncode == 0
-    told = {
-        r["metric"]: r["value"] for r in records.read(tmp_path / "run" / "records.jsonl") if r["protocol"] == "clusters"
-    }
-    labels("aab")
-    assert train(tmp_path / "run", data, *options).returncode == 0  # pseudo-labels are none of theirs
-    again = {
-        r["metric"]: r["value"] for r in records.read(tmp_path / "run" / "records.jsonl") if r["protocol"] == "clusters"
-    }
-    assert told["inertia"] == again["inertia"]
-    assert told["nmi"] != again["nmi"]
-    options += ["--clusters.source", "labels"]
-    assert train(tmp_path / "taught", data, *options).returncode == 0
-    labels("ab")
-    changed = train(tmp_path / "taught", data, *options)
-    assert (changed.returncode, changed.stderr.startswith("error: labels: ")) == (2, True)
-
-
-def flip(path, place=-1):
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damaged", "marker"),
-    [
-        ("proxy/model.safetensors", "proxy.json"),
-        ("proxy/config.json", "proxy.json"),
-        ("round_1/model.safetensors", "relearn.json"),
-        ("round_1/labels.parquet", "clusters.json"),
-        ("round_1/clusters.safetensors", "clusters.json"),
-    ],
-)
-def test_what_a_phase_wrote_is_checked_before_it_is_used(damaged, marker, finished, picture_folder, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
-    shutil.rmtree(folder / "hub")
-    flip(folder / damaged)
-    done = train(folder, picture_folder)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert f"{folder / damaged} is not what was written" in done.stderr
-    assert f"delete {(folder / damaged).parent / marker}" in done.stderr
-    assert not (folder / "hub").exists()
-    ((folder / damaged).parent / marker).unlink()
-    again = train(folder, picture_folder)  # as the sentence says
-    assert again.returncode == 0, again.stderr
-    names = ("proxy/model.safetensors", "round_1/labels.parquet", "hub/model.safetensors")
-    assert all((folder / name).read_bytes() == (finished[0] / name).read_bytes() for name in names)
-
-
-def test_records_are_whole_or_measured_anew(finished, picture_folder, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
-    path = folder / "records.jsonl"
-    whole = path.read_text()
-    lines = whole.splitlines(True)
-    path.write_text("".join(lines[:4]) + "{ torn\n" + "".join(lines[5:]))
-    done = train(folder, picture_folder)
-    assert (done.returncode, "records.jsonl: line 5 is damaged" in done.stderr) == (1, True)
-    sslpp = next(i for i, line in enumerate(lines) if '"arm": "sslpp"' in line)
-    edited = re.sub(r'"value": [\d.]+', '"value": 0.999', lines[sslpp])
-    for other in ([*lines[:sslpp], edited, *lines[sslpp + 1 :]], lines[:sslpp] + lines[sslpp + 1 :]):
-        assert other != lines
-        path.write_text("".join(other))
-        done = train(folder, picture_folder)
-        assert done.returncode == 0, done.stderr
-        assert "measuring sslpp, round 1 again: its records are not those that were written" in done.stdout
-        assert "measuring random" not in done.stdout
-        assert path.read_text().count("\n") == whole.count("\n")
-        assert "0.999" not in path.read_text()
-
-
-def test_pixels_in_a_file_are_checked_before_they_are_used(picture_folder, tmp_path):
-    options = ["--data.memory_gb", "0", "--relearn.rounds", "0", "--proxy.epochs", "1"]
-    assert train(tmp_path / "whole", picture_folder, *options).returncode == 0
-    shutil.copytree(tmp_path / "whole" / "images", tmp_path / "torn" / "images")
-    pixels = tmp_path / "torn" / "images" / "train.u8"
-    content = pixels.read_bytes()
-    pixels.write_bytes(content[: len(content) // 2] + b"\0" * (len(content) - len(content) // 2))
-    assert train(tmp_path / "torn", picture_folder, *options).returncode == 0
-    assert pixels.read_bytes() == content  # decoded anew
-    one, other = (tmp_path / name / "proxy" / "model.safetensors" for name in ("whole", "torn"))
-    assert one.read_bytes() == other.read_bytes()
-
-
 def test_images_without_labels_and_odd_files_go_through(tmp_path):
-    import numpy as np
-    from PIL import Image
-
     generator = np.random.default_rng(0)
     data = tmp_path / "photos"
     data.mkdir()
@@ -340,7 +203,7 @@ def test_images_without_labels_and_odd_files_go_through(tmp_path):
         picture = Image.fromarray(array).convert(["RGB", "L", "RGBA", "P"][i % 4])
         picture.save(data / f"{i:02d}.png")
     (data / "empty.jpg").write_bytes(b"")
-    done = train(tmp_path / "run", data, "--data.max_bad_fraction", 0.1, "--proxy.epochs", 1, "--relearn.epochs", 1)
+    done = tiny_run(tmp_path / "run", data, "--data.max_bad_fraction", 0.1, "--proxy.epochs", 1, "--relearn.epochs", 1)
     assert done.returncode == 0, done.stderr
     assert "1 bad" in done.stdout
     found = records.read(tmp_path / "run" / "records.jsonl")
@@ -358,7 +221,7 @@ def test_images_without_labels_and_odd_files_go_through(tmp_path):
 
 def test_proxy_weights_may_come_from_a_folder_and_phase_1_may_be_left_out(finished, picture_folder, tmp_path):
     folder, _ = finished
-    done = train(
+    done = tiny_run(
         tmp_path / "run", picture_folder, "--model.name", f"local-dir:{folder / 'proxy'}", "--model.pretrained", "true",
         "--proxy.epochs", 0,
     )  # fmt: skip
@@ -374,22 +237,12 @@ def test_proxy_weights_may_come_from_a_folder_and_phase_1_may_be_left_out(finish
     assert config["architecture"] == "test_resnet"
 
 
-def test_a_field_that_no_phase_reads_never_redoes_one():
-    one = command.parse(["--data.path", "digits"])
-    other = command.parse(["--data.path", "digits", "--log.every", "3", "--clusters.k", "[4]", "--relearn.rounds", "3"])
-    assert recipe.phase_fields(one, "proxy") == recipe.phase_fields(other, "proxy")
-    assert recipe.phase_fields(one, "relearn") == recipe.phase_fields(other, "relearn")
-    assert recipe.phase_fields(one, "clusters") != recipe.phase_fields(other, "clusters")
-
-
 def test_the_quickstart_recipe_is_sound():
     made = command.parse(["--config", str(ROOT / "hub_configs" / "quickstart" / "recipe.yaml")])
     assert made.run == "runs/quickstart"
 
 
 def test_a_full_disk_and_a_full_memory_are_one_sentence():
-    import errno
-
     def full(arguments):
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/state")
 
@@ -404,7 +257,7 @@ def test_a_full_disk_and_a_full_memory_are_one_sentence():
 
 
 def test_a_tracker_that_is_not_installed_is_refused(picture_folder, tmp_path):
-    done = train(tmp_path / "run", picture_folder, "--log.tracker", "aim")
+    done = tiny_run(tmp_path / "run", picture_folder, "--log.tracker", "aim")
     assert (done.returncode, done.stderr.startswith("error: log.tracker: aim is not installed")) == (2, True)
 
 
@@ -428,7 +281,7 @@ def test_evaluate_finds_the_figures_of_the_run_again(finished, picture_folder, t
 def test_stages_that_are_chosen_without_labels_are_told_and_used(picture_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(clusters, "leading_stage", lambda *args: 4)
     auto = ["--clusters.stage", "auto", "--relearn.split", "auto"]
-    done = train(tmp_path / "run", picture_folder, *auto)
+    done = tiny_run(tmp_path / "run", picture_folder, *auto)
     assert done.returncode == 0, done.stderr
     made = [read_json(tmp_path / "run" / "round_1" / f"{name}.json") for name in ("clusters", "relearn")]
     assert (made[0]["stage"], made[1]["split"]) == (4, 3)  # something is left to relearn
@@ -436,27 +289,6 @@ def test_stages_that_are_chosen_without_labels_are_told_and_used(picture_folder,
     assert {row["stage"] for row in rows if row["protocol"] == "clusters"} == {4}
     assert "relearn.split: stage 3 was chosen" in done.stdout
     assert "a stage that was chosen without labels" in (tmp_path / "run" / "hub" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_processes_meet_as_often_however_late_they_look_for_a_shared_phase(late, tmp_path):
-    shared, marker, read = tmp_path / "shared", tmp_path / "proxy" / "proxy.json", {"a": 1}
-    lent = once.lending(SimpleNamespace(shared=shared), marker, read)
-    met = []
-
-    def main_process():
-        for folder in (lent, *([marker.parent] if late or met else [])):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "proxy.json").write_text('{"read": {"a": 1}}')
-
-    def wait():
-        met.append(1)
-        main_process()
-
-    main_process()
-    this = SimpleNamespace(shared=shared, main=False, accelerator=SimpleNamespace(wait_for_everyone=wait))
-    once.once(this, marker, read, lambda: pytest.fail("done again"))
-    assert len(met) == 2
 
 
 def test_without_a_recipe_one_that_fits_the_machine_is_taken_and_said(monkeypatch, capsys):

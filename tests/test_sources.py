@@ -7,6 +7,8 @@ import zipfile
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -102,9 +104,6 @@ def test_a_row_that_names_a_file_of_this_machine_is_not_opened(tmp_path):
     kinds = datasets.Features(image=datasets.Image(decode=False))
     rows.cast(kinds).to_parquet(tmp_path / "foreign.parquet")
     # as a hostile writer makes it: the path alone
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     kept = pq.read_table(tmp_path / "foreign.parquet")
     value = pa.array(
         [{"bytes": None, "path": str(secret)}, {"bytes": png(), "path": "b.png"}], kept.schema.field("image").type

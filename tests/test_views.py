@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from PIL import Image
+from timm.data import create_transform
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
@@ -142,9 +144,6 @@ def test_draws_do_not_depend_on_how_the_batch_is_split():
 
 
 def test_plain_view_is_what_timm_evaluates_on():
-    from PIL import Image
-    from timm.data import create_transform
-
     stored = pixels(1, 37)
     got = V.plain(stored, torch.tensor([37]), 32 / 37, 32)[0]
     transform = create_transform((3, 32, 32), interpolation="bilinear", crop_pct=32 / 37, mean=(0, 0, 0), std=(1, 1, 1))

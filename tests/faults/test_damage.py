@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import TINY_RUN, call
+from tests.conftest import TINY_RUN, call, tiny_run
 from tests.faults.harness import flip, results
 from tests.faults.images import look, write_mutated
 from training import backbone as B
 from training import embed
-from training.__main__ import main
 from training.command import parse
 from training.files import Refused
 from training.launch import StopSignals
@@ -25,7 +24,7 @@ def run(finished, picture_folder, tmp_path):
     """A copy of the finished run, its command, and whether both have the same end."""
     folder = tmp_path / "tiny"
     shutil.copytree(finished[0], folder)
-    return folder, lambda: call(main, *TINY_RUN, "--data.path", picture_folder, "--run", folder)
+    return folder, lambda: tiny_run(folder, picture_folder)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_weights_that_are_not_finite_make_no_features(model):
 @pytest.mark.parametrize("name", ["checkpoints", "hub", "report", "round_1"])
 def test_a_file_where_a_folder_belongs_is_left_alone_and_named(name, picture_folder, tmp_path):
     (tmp_path / name).write_text("mine")
-    done = call(main, *TINY_RUN, "--data.path", picture_folder, "--run", tmp_path)
+    done = tiny_run(tmp_path, picture_folder)
     assert (done.returncode, (tmp_path / name).read_text()) == (2, "mine")
     assert f"{tmp_path / name} is a file" in done.stderr
 
