@@ -1,7 +1,8 @@
 """Entrypoints: stock architectures of timm with weights made by SSL++ (Chen et al., IEEE TIP 2022).
 
 Each builds one of timm's own architectures with a few keywords set, so that every keyword of timm works on it. Those
-ending in `_s32` and `_s64` are made for small images, which they see at about 32 and at 64 px. All are headless;
+ending in `_s32` and `_s64` are made for small images, which they see at about 32 and at 64 px, the others for
+photographs. All are headless;
 ``num_classes=10`` adds a head.
 """
 
@@ -59,23 +60,24 @@ default_cfgs = generate_default_cfgs(
                 "first_conv": "conv1.0",
                 "classifier": "fc",
             },
-            "sslpp_resnet18_s32.rotation_c10": {**_CIFAR10, "first_conv": "conv1", "classifier": "fc"},
             "sslpp_convnext_atto_s64.simclr_c10": {
                 **_CIFAR10,
                 "input_size": (3, 64, 64),
                 "first_conv": "stem.0",
                 "classifier": "head.fc",
             },
+            "sslpp_tf_efficientnet_lite0.in1k_grocery": {
+                "input_size": (3, 128, 128),
+                "pool_size": (4, 4),
+                "crop_pct": 128 / 147,
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.5, 0.5, 0.5),
+                "first_conv": "conv_stem",
+                "classifier": "classifier",
+            },
         }.items()
     }
 )
-
-
-@register_model
-def sslpp_resnet18_s32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 of half the usual width whose last stage is dilated instead of strided; 2.8 M parameters."""
-    args = {"channels": (32, 64, 128, 256), "output_stride": 16}
-    return _create("sslpp_resnet18_s32", "resnet18", args, pretrained, **kwargs)
 
 
 @register_model
@@ -96,6 +98,12 @@ def sslpp_convnext_atto_s64(pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """ConvNeXt-Atto with 3 x 3 kernels and batch norm, for small images enlarged to 64 px; 3.3 M parameters."""
     args = {"patch_size": 4, "kernel_sizes": 3, "conv_mlp": True, "norm_layer": "batchnorm2d"}
     return _create("sslpp_convnext_atto_s64", "convnext_atto", args, pretrained, **kwargs)
+
+
+@register_model
+def sslpp_tf_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientNet-Lite0, for photographs at 128 px; 3.4 M parameters."""
+    return _create("sslpp_tf_efficientnet_lite0", "tf_efficientnet_lite0", {}, pretrained, **kwargs)
 
 
 def _create(

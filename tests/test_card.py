@@ -106,6 +106,8 @@ def test_it_says_what_the_model_started_from():
     assert card.in_words({"channels": [16, 32], "stem_width": 8}) == "channels 16, 32; stem width 8"
     lent = card.what(command.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
     assert "from the weights of resnet50, whatever these were trained on, then from clusters" in lent
+    assert "Here none was" not in own + lent
+    assert "Here none was" in card.what(command.parse([*base, "--relearn.reinit", "none"]), [], "sslpp")
 
 
 def test_controls_are_shown_where_there_were_any():

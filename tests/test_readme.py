@@ -94,5 +94,4 @@ def test_fine_tuned_models_are_told_apart_by_start_and_share_of_labels(tmp_path)
 
 def test_the_lines_for_classifiers_are_those_of_every_card():
     assert classifier.usage("local-dir:runs/shoes/best", 36) in TEXT
-    assert classifier.ONNX in TEXT
     assert TEXT.count("\n") <= 220

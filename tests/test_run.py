@@ -234,7 +234,11 @@ def test_proxy_weights_may_come_from_a_folder_and_phase_1_may_be_left_out(finish
     # What made them is not known, and so not what of it is left.
     assert "residue" not in {row["protocol"] for row in records.read(tmp_path / "run" / "records.jsonl")}
     config = json.loads((tmp_path / "run" / "hub" / "config.json").read_text())
-    assert config["architecture"] == "test_resnet"
+    assert (config["architecture"], config["pretrained_cfg"].get("tag")) == ("test_resnet", None)
+    told = (tmp_path / "run" / "hub" / "README.md").read_text()
+    assert "own answer" in (folder / "hub" / "README.md").read_text()
+    assert "own answer" not in told
+    assert "those that the given weights were made from" in told
 
 
 def test_the_quickstart_recipe_is_sound():

@@ -127,12 +127,13 @@ def what(recipe: Recipe, records: report.Records, arm: str, counted: tuple[int, 
         images = f"{counted[0]:,} images of {images}; {counted[1]:,} more were held out"
     name, args = report.plain(short_name(recipe.model.name)), report.plain(in_words(recipe.model.args))
     seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
+    here = " Here none was: all learn on as they were." if recipe.relearn.reinit == "none" else ""
     return f"""A {name} backbone ({args}) without a head, for images of {recipe.data.size} px.
 It was trained on {images}. It comes {report.origin(recipe, records)}. In all it has seen {seen} views of images.
 
 The method is SSL++ (Chen et al., IEEE TIP 2022, [doi:10.1109/TIP.2021.3135470](https://doi.org/10.1109/TIP.2021.3135470);
 our reading of the abstract): the low layers of a self-supervised network are generic, its high ones are not, so these
-are learned anew, from clusters of the network's own features."""
+are learned anew, from clusters of the network's own features.{here}"""
 
 
 def usage(model: str, size: int, shipped: bool) -> str:
@@ -161,7 +162,8 @@ def measured(records: report.Records, arm: str, recipe: Recipe) -> list[str]:
     arms, found = report.run_tables(records, arm, short=True)
     held = f"a held-out {recipe.data.held_out:.0%} of the training images"
     told = f"On frozen features, means over positions; what a protocol chooses, it chooses on {held}."
-    if asked := proxies.find(recipe.proxy.name).specific:
+    asked = proxies.find(recipe.proxy.name).specific
+    if recipe.by_proxy and asked:
         told += f" The proxy task's own answer is {asked}."
     return [report.gain(records, arm), f"{told} {report.rows_explained(arms)}", *report.explained(found)]
 
@@ -178,7 +180,8 @@ def limits(recipe: Recipe) -> str:
         None: "No licence was chosen for these weights: ask before you use them.",
         "other": "The images are for research only, and so are these weights.",
     }.get(recipe.card.license, f"The weights are under {report.plain(recipe.card.license or '')}.")
-    return f"""- The features know what is in the training images, with their biases, and were measured on nothing else.
+    images = "the training images" + (" and in those that the given weights were made from" * recipe.model.pretrained)
+    return f"""- The features know what is in {images}, with their biases, and were measured on nothing else.
 - It was trained and measured at {recipe.data.size} px alone; photographs are shrunk to that, and lose what is small.
 - Split, schedule, number of clusters and labelling are this project's choices, not the paper's.
 - {licence}"""

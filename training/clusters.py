@@ -113,9 +113,8 @@ def averaging(recipe: recipe.Recipe, number: int) -> str:
     """Over which views a round's features are averaged: "nuisance", "familiar" or "none"."""
     if recipe.clusters.average != "auto":
         return recipe.clusters.average
-    by_proxy = recipe.proxy.epochs > 0 or not recipe.model.pretrained
     covariant = bool(proxies.nuisance(recipe.proxy))
-    return "nuisance" if by_proxy and covariant and number == 1 else "familiar"
+    return "nuisance" if recipe.by_proxy and covariant and number == 1 else "familiar"
 
 
 def views_of(recipe: recipe.Recipe, number: int) -> tuple[View, ...]:

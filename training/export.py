@@ -45,7 +45,8 @@ def export(
     hub, bad = folder / "hub", report.worse(records, arm, recipe.relearn.export)
     source = folders[0] if bad and recipe.relearn.export == "better" else folders[-1]
     with whole_folder(hub) as beside:
-        B.save(B.load(source), beside, images, tag=recipe.proxy.name, license=recipe.card.license or "")
+        tag = recipe.proxy.name if recipe.by_proxy else ""
+        B.save(B.load(source), beside, images, tag, recipe.card.license or "")
         if (folder / "report").exists():
             shutil.copytree(folder / "report", beside / "report")
         if comparison and (comparison / "report" / "differences.png").exists():

@@ -65,8 +65,7 @@ def measured(this: Run, arm: str, folders: list[Path], hashes: dict[str, str]) -
     number = max(0, len(folders) - 1)
     network = this.on_device(B.load(folders[-1]) if folders else this.untrained())
     recipe = this.recipe
-    # Weights from elsewhere were made by no proxy task that we know of.
-    residue = () if recipe.model.pretrained and not recipe.proxy.epochs else proxies.residue(recipe.proxy)
+    residue = proxies.residue(recipe.proxy) if recipe.by_proxy else ()
     over = Over((this.train, this.test), residue, recipe.relearn.views, this.transfer)
     found = evaluate(network, recipe.evaluate, over, this.context)
     if not this.main:
@@ -84,7 +83,7 @@ def measured(this: Run, arm: str, folders: list[Path], hashes: dict[str, str]) -
     shared = {
         "arm": arm,
         "model": recipe.model.name,
-        "task": recipe.proxy.name,
+        "task": recipe.proxy.name if recipe.by_proxy else None,
         "recipe_sha256": hashes["recipe_sha256"],
         "seed": recipe.seed,
         "phase": "relearn" if number else "proxy",

@@ -74,13 +74,13 @@ def gains_table(configs: Path, pattern: str) -> list[list[list[str]]]:
 
 def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     """The package's backbones, and what they gained."""
-    lines = [["backbone", "parameters", "px", *HEADS]]
+    lines = [["backbone", "parameters", "px", "images", *HEADS]]
     for name in timm.list_pretrained(pattern):
-        cells = gained(records.read(configs / name / "records.jsonl"))
+        rows = records.read(configs / name / "records.jsonl")
         network = timm.create_model(name)
         count = sum(parameter.numel() for parameter in network.parameters())
         size = network.pretrained_cfg["input_size"][-1]
-        lines.append([name, f"{count / 1e6:.1f} M", str(size), *cells])
+        lines.append([name, f"{count / 1e6:.1f} M", str(size), records.data_of(rows[0]), *gained(rows)])
     return [lines]
 
 
@@ -116,8 +116,8 @@ def fill(text: str, configs: Path) -> str:
 
 def shipped_card(folder: Path) -> str:
     """The card of a backbone that the package ships, from its recipe folder; push fills the repository in."""
-    made = parse(["--config", str(folder / "recipe.yaml"), "--data.path", "DATA"])
     own, compared = (records.read(at / "records.jsonl") for at in (folder, folder.with_name(f"{folder.name}_20k")))
+    made = parse(["--config", str(folder / "recipe.yaml"), "--data.path", records.data_of(own[0])])
     counted = {r["split"]: r["settings"]["n"] for r in own if r["protocol"] == "rankme"}
     fitted = next(r["settings"]["n"] for r in own if r["protocol"] == "linear")  # all training images
     return card.page(folder, folder.name, own, compared, made, "sslpp", (fitted, counted["val"]), shipped=True)

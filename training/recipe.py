@@ -310,6 +310,11 @@ class Recipe(Running):
     evaluate: Evaluate = field(default_factory=Evaluate)
     card: Card = field(default_factory=Card)
 
+    @property
+    def by_proxy(self) -> bool:
+        """Whether the proxy task made the first backbone, and not weights from elsewhere, made by none that we know."""
+        return self.proxy.epochs > 0 or not self.model.pretrained
+
 
 # What each phase reads of a recipe: a field that is not here can change without the phase being done again.
 COMMON = ("model", "seed", "precision", "data.size", "data.val_fraction", "data.split_seed")
