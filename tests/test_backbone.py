@@ -16,7 +16,7 @@ from training import backbone as B
 from training import extraction
 from training.extraction import extract, features, plain_batch
 from training.files import Failed, Refused
-from training.recipe import Model
+from training.recipe import Model, Views
 
 FAMILIES = {
     "test_resnet": {},
@@ -230,6 +230,21 @@ def test_rows_of_processes_that_have_unequal_shares_come_together_in_order(monke
     shares, processes = torch.arange(18.0).view(9, 2).split([2, 0, 7]), Processes(3)
     for found in processes.run(lambda number: extraction.gather(shares[number], processes)):
         assert torch.equal(found, torch.cat(shares))
+
+
+@pytest.mark.parametrize("random", [None, (Views(), 3)])
+def test_a_cpu_passes_no_more_images_forward_than_its_caches_hold(random, tiny, context, monkeypatch):
+    network, seen = B.create(Model("test_resnet"), 16), []
+    network.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    whole = extract(network, tiny, tiny.all, context.accelerator, 16, random=random)["pooled"]
+    assert seen == [16, 16, 8]
+    monkeypatch.setattr(extraction, "LEAST", 1)
+    monkeypatch.setattr(extraction, "CACHED", 5 * 16**2)
+    torch.set_num_threads(1)
+    seen.clear()
+    parts = extract(network, tiny, tiny.all, context.accelerator, 16, random=random)["pooled"]
+    assert seen == [5, 5, 5, 1, 5, 5, 5, 1, 5, 3]
+    assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-6)  # and random views are drawn for as many as before
 
 
 def test_a_folder_that_lacks_weights_is_not_loaded(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import make_images, tiny_run
 from training import backbone as B
-from training import clusters, images, memory, peaks
+from training import clusters, extraction, images, memory, peaks
 from training.files import Failed, Refused
 from training.launch import Key
 from training.loop import train
@@ -92,6 +92,7 @@ def made(context):
 def test_what_cannot_fit_is_refused_with_what_would(phase, change, made, monkeypatch):
     settings, *rest = made
     monkeypatch.setattr(peaks, "BLOCKS", 0)
+    monkeypatch.setattr(extraction, "CACHED", 2**40)  # as on a GPU
     for part, fields in change.items():
         setattr(settings, part, dataclasses.replace(getattr(settings, part), **fields))
     need = {peak.phase.split(":")[0]: peak.size for peak in peaks.peaks(settings, *rest)}

@@ -19,6 +19,7 @@ from .recipe import Views
 Stage = int | str  # an index into feature_info, or "pooled"
 DELAY = 3  # seconds until a pass over images has a progress bar
 GATHERED = 2**24  # values that processes send each other at once
+CACHED, LEAST = 2**18, 16  # px that a core of a CPU passes forward at once, since maps of more leave its caches; images
 
 
 def features(network: nn.Module, images: Tensor, stages: Iterable[int]) -> dict[Stage, Tensor]:
@@ -67,6 +68,14 @@ def share(rows: Tensor, accelerator: Accelerator) -> Tensor:
     return rows.tensor_split(accelerator.num_processes)[accelerator.process_index]
 
 
+def rows_of_pass(batch_size: int, size: int, accelerator: Accelerator) -> int:
+    """Images of `size` px that this process passes forward at once; all together `batch_size`, on a CPU fewer."""
+    rows = max(1, batch_size // accelerator.num_processes)
+    if accelerator.device.type == "cpu":
+        rows = min(rows, max(LEAST, torch.get_num_threads() * CACHED // size**2))
+    return rows
+
+
 @torch.no_grad()
 def batches(
     network: nn.Module,
@@ -85,7 +94,7 @@ def batches(
         images: where the indices point.
         indices: [n] which images, of all processes.
         accelerator: tells the processes apart.
-        batch_size: images of a forward pass, over all processes.
+        batch_size: images of a forward pass at most, over all processes.
         stages: whose features, beside the pooled ones.
         view: what is done to the images, [B, 3, H, W] in [0, 1], before they are normalised.
         random: kind and seed of a random view of each instead of the un-augmented image.
@@ -96,7 +105,7 @@ def batches(
     stages, device = list(stages), accelerator.device
     mine = share(torch.arange(len(indices)), accelerator)
     first, end = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
-    size = max(1, batch_size // accelerator.num_processes)
+    size = rows_of_pass(batch_size, images.size, accelerator)
     hidden = None if accelerator.process_index == 0 else True  # None: shown on a terminal alone
     bar = tqdm(total=len(mine), desc="features", unit="image", delay=DELAY, leave=False, disable=hidden)
     with evaluating(network), bar:

@@ -9,7 +9,7 @@ from timm.optim import get_optimizer_info
 from torch import Tensor, nn
 
 from . import proxies
-from .extraction import evaluating
+from .extraction import evaluating, rows_of_pass
 from .files import Refused
 from .images import Images
 from .memory import free_memory
@@ -134,7 +134,7 @@ def peaks(
         return f"evaluate.batch_size {fit} would fit" if fit > 0 else "a smaller data.size or network needs less"
 
     forward = largest(network, size) + picture_bytes(train)
-    rows = -(-recipe.evaluate.batch_size // processes)
+    rows = rows_of_pass(recipe.evaluate.batch_size, size, accelerator)
     found.append(Peak(f"features: a pass of {rows} images", side_of(accelerator), BLOCKS + rows * forward, passing))
     if recipe.proxy.epochs:
         whole, seen = proxies.find(recipe.proxy.name).whole_batch, proxies.seen(recipe.proxy, network, size)

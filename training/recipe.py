@@ -242,7 +242,7 @@ class Evaluate:
     test: bool = True
     """Also measure on the test split; false while settings are being chosen."""
     batch_size: PositiveInt = 512
-    """Images of a forward pass, over all processes."""
+    """Images of a forward pass, over all processes; a CPU takes as many as its caches hold, and no more than these."""
     images: PositiveInt = 50_000
     """Most training images that a probe is fitted on, and most held-out ones that it is measured on."""
     linear_c: list[PositiveFloat] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
