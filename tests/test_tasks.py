@@ -8,16 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import make_images
+from tests.test_losses import logsumexp, same
 from training import backbone as B
 from training import loop, proxies, views
 from training.checkpoints import Checkpoints
 from training.files import Refused, read_lines
 from training.launch import Interrupted, Key
 from training.proxies.barlow_twins import barlow_twins
-from training.proxies.distill import similarity
 from training.proxies.jigsaw import distant_orders, tile_side
-from training.proxies.npid import nce
-from training.proxies.simclr import nt_xent
 from training.recipe import Model, Schedule
 
 KEY = Key(0, "proxy")
@@ -86,104 +84,6 @@ def embedded(task, image):
     return task.head(task.mlp(task.network(normal(task, image))))[0]
 
 
-def same(task, got, expected, parameters):
-    """Values and gradients agree."""
-    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
-    ours, theirs = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (got, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.allclose(one, other, rtol=1e-6, atol=1e-8)
-        assert one.abs().sum() > 0
-
-
-def logsumexp(values):
-    return torch.stack(values).exp().sum().log()
-
-
-# Losses by themselves
-
-
-def rows(count=6, width=4, seed=0):
-    drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.requires_grad_()
-
-
-def test_nt_xent():
-    a, b = rows(), rows(seed=1)
-    one, other = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    everyone, total = [*one, *other], 0.0
-    for i in range(12):
-        positive = everyone[i] @ everyone[(i + 6) % 12] / 0.3
-        total = total - (positive - logsumexp([everyone[i] @ everyone[j] / 0.3 for j in range(12) if j != i]))
-    same(None, nt_xent(one, other, 0.3)["loss"], total / 12, (a, b))
-
-
-def test_barlow_twins():
-    a, b = rows(9, 4), rows(9, 4, seed=1)
-    total = 0.0
-    for i in range(4):
-        for j in range(4):
-            x, y = a[:, i] - a[:, i].mean(), b[:, j] - b[:, j].mean()
-            c = (x * y).sum() / (x.square().sum().sqrt() * y.square().sum().sqrt())
-            total = total + ((1 - c) ** 2 if i == j else 0.02 * c**2)
-    same(None, barlow_twins(a, b, 0.02)["loss"], total, (a, b))
-
-
-def test_noise_contrastive_estimation():
-    similar = rows(3, 6)
-    constant, count, m = torch.tensor(40.0, dtype=torch.float64), 50, 5
-    total = 0.0
-    for row in similar:
-        posterior = []
-        for value in row:
-            p = value.exp() / constant
-            posterior.append(p / (p + m / count))
-        total = total - posterior[0].log() - sum((1 - h).log() for h in posterior[1:])
-    same(None, nce(similar, constant, count), total / 3, (similar,))
-
-
-def test_similarities_to_a_queue():
-    student, teacher, queue = (
-        F.normalize(rows(), dim=1),
-        F.normalize(rows(seed=1), dim=1).detach(),
-        rows(7, 4, 2).detach(),
-    )
-    student = student.detach().requires_grad_()
-    total = 0.0
-    for s, t in zip(student, teacher, strict=True):
-        keys = [t, *queue]
-        target = [(t @ key / 0.1).exp() for key in keys]
-        logs = [s @ key / 0.2 for key in keys]
-        total = total - sum(x / sum(target) * (y - logsumexp(logs)) for x, y in zip(target, logs, strict=True))
-    same(None, similarity(student, teacher, queue, 0.2, 0.1), total / 6, (student,))
-
-
-# Tasks, views and all
-
-
-def test_tiles_lie_in_their_cells_apart_from_each_other():
-    images = torch.arange(36.0 * 36).view(1, 1, 36, 36).expand(5, 3, 36, 36)
-    draws = views.Draws(0, 5)
-    cut = views.tiles(images, 3, 9, draws)
-    assert cut.shape == (5, 9, 3, 9, 9)
-    assert torch.allclose(cut.mean((2, 3, 4)), torch.zeros(5, 9), atol=1e-5)
-    assert torch.allclose(cut.std((2, 3, 4)), torch.ones(5, 9), atol=1e-3)
-    place = (views.Draws(0, 5).uniform(9, 2) * (12 - 9 + 1)).long()
-    for sample in range(5):
-        for tile in range(9):
-            top, left = tile // 3 * 12 + place[sample, tile, 0], tile % 3 * 12 + place[sample, tile, 1]
-            piece = images[sample, :, top : top + 9, left : left + 9]
-            assert torch.allclose(cut[sample, tile], (piece - piece.mean()) / piece.std(), atol=1e-4)
-    assert len({tuple(x) for x in place.view(-1, 2).tolist()}) > 8
-
-
-def test_shuffled_cells_are_where_the_order_says():
-    image = torch.arange(16.0).view(1, 1, 4, 4)
-    assert torch.equal(views.shuffled((0, 1, 2, 3), 2)(image), image)
-    turned = views.shuffled((3, 0, 1, 2), 2)(image)[0, 0]
-    assert turned[:2, :2].tolist() == [[10, 11], [14, 15]]
-    assert turned[:2, 2:].tolist() == [[0, 1], [4, 5]]
-
-
 def test_orders_are_far_from_each_other():
     orders = distant_orders(3, 40)
     assert orders[0].tolist() == list(range(9))
@@ -215,7 +115,7 @@ def test_tasks_over_tiles(name, images, teacher, context):
         features = torch.cat([task.mlp(task.network(tile.unsqueeze(0)))[0] for tile in given])
         logits = task.head(features)
         total = total - (logits[label] - logsumexp(list(logits)))
-    same(task, got, total / 8, [*task.head.parameters(), first(task)])
+    same(got, total / 8, [*task.head.parameters(), first(task)])
 
 
 def test_simclr(images, teacher, context):
@@ -228,7 +128,7 @@ def test_simclr(images, teacher, context):
     for i in range(16):
         others = [units[i] @ units[j] / task.temperature for j in range(16) if j != i]
         total = total - (units[i] @ units[(i + 8) % 16] / task.temperature - logsumexp(others))
-    same(task, got, total / 16, [task.head.weight, first(task)])
+    same(got, total / 16, [task.head.weight, first(task)])
 
 
 def test_moco(images, teacher, context):
@@ -243,7 +143,7 @@ def test_moco(images, teacher, context):
             keys.append(F.normalize(task.keys.module(normal(task, key))[0], dim=0))
         logits = [q @ k / task.temperature for k in (keys[-1], *task.queue.rows)]
         total = total - (logits[0] - logsumexp(logits))
-    same(task, got, total / 8, [task.head.weight, first(task)])
+    same(got, total / 8, [task.head.weight, first(task)])
     assert not [p for p in task.keys.parameters() if p.requires_grad]
     # after the step: the average has moved, and the queue has the keys in place of its oldest
     before, old = task.queue.rows.clone(), task.keys.module[2].weight.clone()
@@ -272,7 +172,7 @@ def test_byol(images, teacher, context):
             with torch.no_grad():
                 z = task.target.module(normal(task, told))[0]
             total = total + (p / p.norm() - z / z.norm()).square().sum()
-    same(task, got, total / 8, [task.head.weight, first(task)])
+    same(got, total / 8, [task.head.weight, first(task)])
     for step, decay in ((0, 0.9), (5, 0.95), (10, 1.0)):
         task.after_step(step, 10)
         assert task.target.decay == pytest.approx(decay)
@@ -287,7 +187,7 @@ def test_barlow_twins_sees_two_views(images, teacher, context):
     got = task(draw(images, context))["loss"]
     again = draw(images, context)
     one, other = (torch.stack([embedded(task, image) for image in seen(task, again)]) for _ in range(2))
-    same(task, got, barlow_twins(one, other, 0.005)["loss"], [task.head.weight, first(task)])
+    same(got, barlow_twins(one, other, 0.005)["loss"], [task.head.weight, first(task)])
 
 
 @pytest.mark.parametrize("negatives", [0, 6])
@@ -312,7 +212,7 @@ def test_npid(negatives, images, teacher, context):
         for row in values:
             h = [v.exp() / constant / (v.exp() / constant + negatives / len(images)) for v in row]
             total = total - h[0].log() - sum((1 - x).log() for x in h[1:])
-    same(task, told["loss"], total / 8, [task.head.weight, first(task)])
+    same(told["loss"], total / 8, [task.head.weight, first(task)])
     assert told["accuracy"] == pytest.approx(hits / 8)
     before = task.bank.clone()
     task.after_step(1, 10)
@@ -331,7 +231,7 @@ def test_npid_without_a_bank_is_a_classifier_of_all_images(images, teacher, cont
     for image, index in zip(seen(task, again), again.indices.tolist(), strict=True):
         logs = embedded(task, image).log_softmax(0)
         total = total - 0.5 * logs[index] - 0.5 * logs.mean()
-    same(task, got, total / 8, [task.head.weight, first(task)])
+    same(got, total / 8, [task.head.weight, first(task)])
 
 
 def test_simmim(images, teacher, context):
@@ -351,7 +251,7 @@ def test_simmim(images, teacher, context):
         painted = F.pixel_shuffle(task.head(maps[-1]), task.stride)[0]
         error = error + (painted - image).abs()[:, mask].sum()
         count += 3 * int(mask.sum())
-    same(task, got, error / count, [task.head.weight, task.token, first(task)])
+    same(got, error / count, [task.head.weight, task.token, first(task)])
 
 
 @pytest.mark.parametrize("match", ["cosine", "similarity"])
@@ -375,7 +275,7 @@ def test_distill(match, images, teacher, context):
         target = torch.stack([t @ key / 0.01 for key in (t, *task.queue.rows)]).softmax(0)
         logs = torch.stack([s @ key / 0.2 for key in (t, *task.queue.rows)]).log_softmax(0)
         total = total - (target * logs).sum()
-    same(task, got, total / 8, [task.head.weight, first(task)])
+    same(got, total / 8, [task.head.weight, first(task)])
     assert not [name for name in task.state_dict() if "teacher" in name]
 
 

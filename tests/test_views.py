@@ -171,3 +171,27 @@ def test_familiar_views_are_the_image_its_mirror_image_and_its_corners():
         cut = images[:, :, down : down + 16, across : across + 16]
         expected = F.resize(cut, [20, 20], InterpolationMode.BILINEAR, antialias=True)
         assert torch.allclose(found, expected.flip(3) if mirrored else expected, atol=1e-5)
+
+
+def test_tiles_lie_in_their_cells_apart_from_each_other():
+    images = torch.arange(36.0 * 36).view(1, 1, 36, 36).expand(5, 3, 36, 36)
+    draws = V.Draws(0, 5)
+    cut = V.tiles(images, 3, 9, draws)
+    assert cut.shape == (5, 9, 3, 9, 9)
+    assert torch.allclose(cut.mean((2, 3, 4)), torch.zeros(5, 9), atol=1e-5)
+    assert torch.allclose(cut.std((2, 3, 4)), torch.ones(5, 9), atol=1e-3)
+    place = (V.Draws(0, 5).uniform(9, 2) * (12 - 9 + 1)).long()
+    for sample in range(5):
+        for tile in range(9):
+            top, left = tile // 3 * 12 + place[sample, tile, 0], tile % 3 * 12 + place[sample, tile, 1]
+            piece = images[sample, :, top : top + 9, left : left + 9]
+            assert torch.allclose(cut[sample, tile], (piece - piece.mean()) / piece.std(), atol=1e-4)
+    assert len({tuple(x) for x in place.view(-1, 2).tolist()}) > 8
+
+
+def test_shuffled_cells_are_where_the_order_says():
+    image = torch.arange(16.0).view(1, 1, 4, 4)
+    assert torch.equal(V.shuffled((0, 1, 2, 3), 2)(image), image)
+    turned = V.shuffled((3, 0, 1, 2), 2)(image)[0, 0]
+    assert turned[:2, :2].tolist() == [[10, 11], [14, 15]]
+    assert turned[:2, 2:].tolist() == [[0, 1], [4, 5]]
