@@ -107,7 +107,9 @@ def test_it_says_what_the_model_started_from():
     lent = card.what(command.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
     assert "from the weights of resnet50, whatever these were trained on, then from clusters" in lent
     assert "Here none was" not in own + lent
-    assert "Here none was" in card.what(command.parse([*base, "--relearn.reinit", "none"]), [], "sslpp")
+    for rounds in (1, 0):
+        made = command.parse([*base, "--relearn.reinit", "none", "--relearn.rounds", str(rounds)])
+        assert ("Here none was" in card.what(made, [], "sslpp")) == bool(rounds)
 
 
 def test_controls_are_shown_where_there_were_any():

@@ -127,7 +127,8 @@ def what(recipe: Recipe, records: report.Records, arm: str, counted: tuple[int, 
         images = f"{counted[0]:,} images of {images}; {counted[1]:,} more were held out"
     name, args = report.plain(short_name(recipe.model.name)), report.plain(in_words(recipe.model.args))
     seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
-    here = " Here none was: all learn on as they were." if recipe.relearn.reinit == "none" else ""
+    kept = recipe.relearn.rounds and recipe.relearn.reinit == "none"
+    here = " Here none was: all learn on as they were." if kept else ""
     return f"""A {name} backbone ({args}) without a head, for images of {recipe.data.size} px.
 It was trained on {images}. It comes {report.origin(recipe, records)}. In all it has seen {seen} views of images.
 
