@@ -2,8 +2,7 @@
 
 Each builds one of timm's own architectures with a few keywords set, so that every keyword of timm works on it. Those
 ending in `_s32` and `_s64` are made for small images, which they see at about 32 and at 64 px, the others for
-photographs. All are headless;
-``num_classes=10`` adds a head.
+photographs. All are headless; ``num_classes=10`` adds a head.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ from .files import Refused, check_written, read_json, sha256_file
 from .images import Images
 from .limits import PositiveInt
 from .loop import Context
-from .operations import placed
+from .operations import on_device
 
 ROWS = 8192  # images between two writes
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     with inputs.one_process("embed") as context:
         network = inputs.model(given.model, data.size)
         stage: Stage = "pooled" if given.stage is None else B.resolve_stage(network, given.stage, "--stage")
-        network = placed(network, context.accelerator.device, data.size or inputs.own_size(network))
+        network = on_device(network, context.accelerator.device, data.size or inputs.own_size(network))
         bad, expect = 0, None
 
         def parts() -> Iterator[pa.Table]:
@@ -69,7 +69,7 @@ def assign(folder: Path, found: Images, context: Context, batch_size: int) -> di
     if source is None or read["clusters.source"] != "backbone":
         raise Refused(f"--clusters: the backbone whose features {folder} clusters is not beside it.")
     network = B.load(source)
-    network = placed(network, context.accelerator.device, inputs.own_size(network))
+    network = on_device(network, context.accelerator.device, inputs.own_size(network))
     stage = B.resolve_stage(network, made.get("stage", read["clusters.stage"]), "clusters.stage")
     task = proxies.find(read["proxy.name"])
     proxy = recipe.Proxy(name=read["proxy.name"], options=task.Options(**(read["proxy.options"] or {})))

@@ -7,7 +7,7 @@ from . import classifier, classifier_report, longer, records
 from .files import Refused, check_written, read_json, sha256_file, sha256_json, whole_folder, write_json, written
 from .images import Images
 from .loop import Context
-from .operations import placed
+from .operations import on_device
 
 BATCH = 512  # images of a forward pass that measures
 
@@ -70,7 +70,7 @@ class Keeper:
             if not folder.exists():
                 raise Refused(f"{folder} is gone; choose another --run, or remove {folder.parent} to train again.")
             check_written(folder / "finetune.json")
-            network = placed(B.load(folder), self.context.accelerator.device, train.size)
+            network = on_device(B.load(folder), self.context.accelerator.device, train.size)
             shared = {
                 "arm": "finetune",
                 "model": model,

@@ -88,7 +88,7 @@ def suited(network: nn.Module, size: int) -> tuple[torch.memory_format, bool]:
     return torch.channels_last if last else torch.contiguous_format, bf16
 
 
-def placed(network: nn.Module, device: torch.device, size: int) -> nn.Module:
+def on_device(network: nn.Module, device: torch.device, size: int) -> nn.Module:
     """A network on a device, in the memory format that suits it at a size, px; so that it gives the same everywhere."""
     return network.to(device, memory_format=suited(network, size)[0])
 

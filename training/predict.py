@@ -12,7 +12,7 @@ from .command import Parser, check_data, guarded, model_parser
 from .guesses import SHOWN, sheet, short
 from .images import Images
 from .limits import PositiveInt
-from .operations import placed
+from .operations import on_device
 
 ENDINGS = (".csv", ".parquet")
 Doubt = tuple[float, Images, int, str]  # probability of the likeliest class, image, caption
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     tables.check(out, ENDINGS)
     with inputs.one_process("predict") as context:
         network = inputs.model(given.model, head=True)
-        network = placed(network, context.accelerator.device, inputs.own_size(network))
+        network = on_device(network, context.accelerator.device, inputs.own_size(network))
         names = classifier.label_names(network)
         doubts: list[Doubt] = []
         said: Counter[str] = Counter()

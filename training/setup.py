@@ -25,7 +25,7 @@ from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
 from .memory import bound
-from .operations import dead_taps, placed, suited
+from .operations import dead_taps, on_device, suited
 from .recipe import READS, Data, Proxy, Recipe, Schedule, phase_fields, to_yaml
 from .task import BackboneTask, check_norms
 
@@ -82,7 +82,7 @@ class Run:
             self.lock.close()
 
     def on_device(self, network: nn.Module) -> nn.Module:
-        return placed(network, self.accelerator.device, self.recipe.data.size)
+        return on_device(network, self.accelerator.device, self.recipe.data.size)
 
     def untrained(self) -> nn.Module:
         """The network that phase 1 starts from if it starts from random weights, its batch norms' statistics set."""

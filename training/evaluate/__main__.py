@@ -7,7 +7,7 @@ from pathlib import Path
 from .. import backbone as B
 from .. import inputs, proxies, recipe, records, report
 from ..command import Parser, check_data, guarded, model_parser, short_name
-from ..operations import placed
+from ..operations import on_device
 from ..setup import load_transfer
 from . import Over, evaluate
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         context.say(report.splits_line(train.account))
         transfer = load_transfer(made.evaluate.transfer, made.data, (train, test), context)
         over = Over((train, test), views, transfer=transfer)
-        found = evaluate(placed(network, context.accelerator.device, train.size), made.evaluate, over, context)
+        found = evaluate(on_device(network, context.accelerator.device, train.size), made.evaluate, over, context)
         weights = B.fingerprint(network.state_dict())
         shared = {"arm": short_name(given.model), "model": given.model, "phase": "evaluate", "round": 0, "seed": None}
         rows = [

@@ -22,7 +22,7 @@ from ..files import Failed, Refused, refuse_out, whole_file
 from ..images import Images
 from ..limits import PositiveInt
 from ..loop import Context
-from ..operations import placed
+from ..operations import on_device
 from ..setup import scaled_for
 from . import FEWEST, Found
 
@@ -136,7 +136,7 @@ def of_run(folder: Path, data: recipe.Data, count: int, batch_size: int, context
     table = rows_of(rounds[-1] / "labels.parquet", loaded, places) if rounds else None
     features = {}
     for name, network in networks.items():
-        seen, network = B.as_seen_by(network, loaded), placed(network, context.accelerator.device, loaded.size)
+        seen, network = B.as_seen_by(network, loaded), on_device(network, context.accelerator.device, loaded.size)
         context.say(f"features {name} of {len(loaded.all):,} images")
         features[name] = extract(network, seen, seen.all, context.accelerator, batch_size)["pooled"]
     return known(loaded, features, table)
