@@ -262,7 +262,7 @@ def parquet(folder, labels, test=None):
         ([None] * 12, None, "the train split has no labels of two classes or more"),
         (["a"] * 12, None, "the train split has no labels of two classes or more"),
         ([["a"], ["a", "b"]] * 6, None, "the train split has no labels of two classes or more"),
-        (["a", "b"] * 6, ["a", "c"], "the class 'c', which is not among the training split's"),
+        (["a", "b"] * 6, ["a", "c"], "the split 'test' has the class 'c', which is not among the training split's"),
         (["a", "b"] * 6, [None, None], "data.test_split: the test split has no labels"),
     ],
 )

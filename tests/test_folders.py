@@ -1,6 +1,5 @@
 """Folders: what is a split, a class, a label; every file is read, listed as bad, or said to be left aside."""
 
-import json
 import os
 import shutil
 
@@ -11,7 +10,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.conftest import call, tiny_run, write_png
-from training import folders as F
 from training import images as I
 from training import records, report
 from training.__main__ import main
@@ -68,6 +66,7 @@ def classes(found):
         ({"train/a": 2, "train/b": 3, "test": 4}, {}, {"a": 2, "b": 3}, {None: 4}),
         ({"train": 4, "test": 2}, {}, {None: 4}, {None: 2}),
         ({"train/a": 2, "train/b": 2}, {}, {"a": 2, "b": 2}, None),
+        ({"photos/test/a": 2, "photos/test/b": 1}, {}, {"a": 2, "b": 1}, None),
         # named by the user
         (
             {"training/a": 2, "training/b": 3, "holdout/a": 1, "holdout/b": 1},
@@ -79,6 +78,13 @@ def classes(found):
         ({"train/a": 2, "train/b": 2, "test/a": 1}, {"test_split": "none"}, {"a": 2, "b": 2}, None),
         ({"train/a": 2, "holdout/a": 1}, {"splits": "none"}, {"holdout": 1, "train": 2}, None),
         ({"train": 2, "test": 1}, {"splits": "none"}, {"test": 1, "train": 2}, None),
+        ({"train2017": 2, "val2017": 1}, {"splits": "none"}, {"train2017": 2, "val2017": 1}, None),
+        (
+            {"freight train": 2, "test tube": 1, "cat": 1, "dog": 1},
+            {},
+            {"freight train": 2, "test tube": 1, "cat": 1, "dog": 1},
+            None,
+        ),
     ],
 )
 def test_splits_and_classes(spec, options, train, test, tmp_path):
@@ -101,7 +107,14 @@ def test_splits_and_classes(spec, options, train, test, tmp_path):
             r"--data\.split and --data\.test_split.*--data\.splits",
         ),
         ({"train/a": 2, "train/b": 2, "test/a": 1}, {"test_split": "train"}, "is the split to train on, too"),
-        ({"train/a": 2, "train/b": 2, "test/c": 1}, {}, "class 'c', which is not among"),
+        ({"train/a": 2, "train/b": 2, "test/c": 1}, {}, "the split 'test' has the class 'c', which is not among"),
+        (
+            {"train/a": 2, "train/b": 2, "val/c": 1, "test/a": 1},
+            {},
+            "the split 'val' has the class 'c', which is not among",
+        ),
+        ({"train2017": 2, "val2017": 1}, {}, "train2017 and val2017 in .* look like splits"),
+        ({"seg_train/a": 2, "seg_test/a": 1, "seg_pred": 2}, {}, "seg_train and seg_test in .* look like splits"),
         ({"train/a": 2, "train/b": 2}, {"test_split": "exam"}, r"data\.test_split: .* no split 'exam'; it has 'train'"),
         ({"a": 2, "b": 2}, {"label_column": "kind"}, r"data\.label_column"),
         ({"train/a": 3, "train/b": 3, "val/a": 1, "test/a": 1}, {"val_fraction": 0.2}, r"data\.val_fraction"),
@@ -121,6 +134,20 @@ def test_files_of_a_split_that_is_not_used_are_counted_too(tmp_path):
     assert found.account["beside the splits"] == {"use": "not used", "left_aside": 1}
     told = "train: training (4 read); test: not used (3 images, 1 no images); beside the splits: not used (1 no images)"
     assert report.splits_line(found.account) == told
+
+
+def test_what_cannot_be_opened_beside_the_splits_is_counted_there(tmp_path):
+    tree(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1})
+    (tmp_path / "latest").symlink_to(tmp_path / "gone")
+    train, test = read(tmp_path)
+    assert (len(train), len(test), train.account["beside the splits"]["left_aside"]) == (4, 1, 1)
+
+
+def test_classes_that_the_limit_does_not_draw_are_classes_all_the_same(tmp_path):
+    spec = {f"{split}/c{i}": 2 for split in ("train", "test") for i in range(10)}
+    train, test = read(tree(tmp_path, spec), limit=4)
+    assert (len(train), len(test)) == (4, 20)
+    assert train.label_names == test.label_names == [f"c{i}" for i in range(10)]
 
 
 def test_a_name_of_a_split_inside_a_file_name_means_nothing(tmp_path):
@@ -212,107 +239,6 @@ def test_the_real_command_tells_what_it_read(tmp_path):
     assert (told["use"], told["read"], told["bad"]) == ("training", good + 40, len(bad))
     assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) == len(bad)
     assert (tmp_path / "run" / "round_1" / "labels.parquet").exists()
-
-
-@pytest.mark.parametrize("name", ["caf\udce9", "a\tb\nc\rd", "back\\x41slash", "\x85\u2028", "plain é", "\\\\", "\x7f"])
-def test_escaped_paths_are_one_line_of_text_and_come_back(name):
-    written = F.escape(name)
-    assert F.unescape(written) == name
-    assert written.encode()
-    assert written.splitlines() == [written]
-    assert "\t" not in written
-
-
-def labelled_flat(root):
-    return tree(root, {".": 6})
-
-
-def test_metadata_gives_labels_and_what_it_does_not_list_stays(tmp_path):
-    labelled_flat(tmp_path)
-    (tmp_path / "metadata.csv").write_text("file_name,label\n00.png,x\n01.png,y\n02.png,\n77.png,x\n")
-    found, _ = read(tmp_path)
-    assert by_path(found) == {
-        "00.png": "x", "01.png": "y", "02.png": None, "03.png": None, "04.png": None, "05.png": None, "77.png": None,
-    }  # fmt: skip
-    assert found.bad == [("train", "77.png", "listed, but missing")]
-    account = found.account["train"]
-    assert (account["found"], account["missing"], account["read"], account["bad"], account["left_aside"]) == (
-        7,
-        1,
-        6,
-        1,
-        1,
-    )
-
-
-def test_more_than_one_class_for_an_image_is_refused(tmp_path):
-    labelled_flat(tmp_path)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "00.png", "label": ["a", "b"]}\n')
-    with pytest.raises(Refused, match="more than one class"):
-        read(tmp_path)
-
-
-def test_metadata_comes_before_folders_where_it_has_the_column_and_else_not(tmp_path):
-    tree(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
-    rows = [{"file_name": f"{c}/0{i}.png", "label": "ab"[c == "a"], "size": i} for c in "ab" for i in range(2)]
-    (tmp_path / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "test" / "metadata.csv").write_text("file_name,size\na/00.png,1\n")
-    train, test = read(tmp_path)
-    assert by_path(train) == {
-        "train/a/00.png": "b",
-        "train/a/01.png": "b",
-        "train/b/00.png": "a",
-        "train/b/01.png": "a",
-    }
-    assert by_path(test) == {"test/a/00.png": "a", "test/b/00.png": "b"}
-    sized, _ = read(tmp_path, label_column="size")
-    assert set(by_path(sized).values()) == {"0", "1"}
-
-
-@pytest.mark.parametrize("form", ["comma", "tabs", "jsonl", "two columns"])
-def test_a_table_gives_labels(form, tmp_path):
-    root = tree(tmp_path / "data", {"p": 3, "q": 3})
-    picture(root / "q" / "odd\tname.png")
-    rows = [("p/00.png", "x"), ("p/01.png", "y"), ("q/02.png", "x"), (r"q/odd\tname.png", "y")]
-    table = tmp_path / ("t.jsonl" if form == "jsonl" else "t.csv")
-    if form == "jsonl":
-        table.write_text("".join(json.dumps({"file": f, "kind": k}) + "\n" for f, k in rows))
-    else:
-        mark, head = {"comma": (",", "file_name,kind"), "tabs": ("\t", "path\tkind"), "two columns": (";", "image;x")}[
-            form
-        ]
-        table.write_text("\n".join([head, *(mark.join(row) for row in rows)]) + "\n")
-    column = {} if form == "two columns" else {"label_column": "kind"}
-    found, _ = read(root, labels=str(table), **column)
-    labels = by_path(found)
-    assert {path: label for path, label in labels.items() if label} == dict(rows)
-    assert len(labels) == 7  # those not in the table stay, unlabelled
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("file_name,label\nzzz.png,a\n", "none of the 1 files"),
-        ("file_name,label\n00.png,a\n00.png,b\n", "two labels"),
-        ("a,b,c\n1,2,3\n", "has the columns a, b, c"),
-        ("file,label\n00.png,a,b\n", "a row has more cells"),
-        ("", "no rows"),
-    ],
-)
-def test_a_table_that_tells_nothing_is_refused(text, said, tmp_path):
-    root = labelled_flat(tmp_path / "data")
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(Refused, match=said):
-        read(root, labels=str(tmp_path / "t.csv"))
-
-
-def test_what_a_table_lists_and_nobody_finds_is_bad(tmp_path):
-    root = tree(tmp_path / "data", {"train": 3, "test": 2})
-    (tmp_path / "t.csv").write_text("file,label\ntrain/00.png,a\ntrain/01.png,b\ntest/00.png,a\ntest/09.png,b\n")
-    train, test = read(root, labels=str(tmp_path / "t.csv"))
-    assert by_path(train) == {"train/00.png": "a", "train/01.png": "b", "train/02.png": None}
-    assert test.bad == [("test", "test/09.png", "listed, but missing")]
-    assert train.account["test"]["missing"] == 1
 
 
 def test_several_folders_are_one_and_their_classes_united_by_name(tmp_path):

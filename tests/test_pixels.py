@@ -154,6 +154,7 @@ HEIC = base64.b64decode(
     "1kYXQAAAAiKAGvEyEdlvhbUwmI6yxAuUxYKXlXIJNuwHivMoeOva+aYA=="
 )
 JXL = b"\xff\x0a" + b"\0" * 20
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"  # Pillow would run Ghostscript for it
 
 
 def test_what_pillow_cannot_read_is_told_with_the_plugin_that_can(monkeypatch):
@@ -165,6 +166,8 @@ def test_what_pillow_cannot_read_is_told_with_the_plugin_that_can(monkeypatch):
         (encoded(colour("L", 3), "TIFF", tiffinfo={50706: b"\1\4\0\0"}), "a.tif", "camera raw"),
         (encoded(colour("L", 3), "TIFF"), "a.DNG", "camera raw"),
         (b"<svg/>", "a.svg", "vector graphics"),
+        (EPS, "a.eps", "vector graphics"),
+        (EPS, "a.jpg", "not an image"),
         (b"no image", "a.png", "not an image"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -114,6 +114,57 @@ def test_a_row_that_names_a_file_of_this_machine_is_not_opened(tmp_path):
     assert len(found.all) == 1
 
 
+def test_a_file_of_the_hubs_cache_is_called_as_the_data_set_has_it(tmp_path):
+    own = tmp_path / "hub" / "datasets--org--pics"
+    (own / "blobs").mkdir(parents=True)
+    (own / "blobs" / "0891").write_bytes(png())
+    file = own / "snapshots" / ("0" * 40) / "train" / "0.png"
+    file.parent.mkdir(parents=True)
+    file.symlink_to(own / "blobs" / "0891")
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(file)}]})
+    source = S.TableSource(rows, "image", None, None, (tmp_path / "elsewhere", tmp_path / "hub"))
+    assert source.read(source.rows([0])[0]) == ("train/0.png", png(), "")
+
+
+def test_files_in_a_column_of_bytes_are_images(tmp_path):
+    for name, column in (("plain", [png(1), png(2)]), ("struct", [{"bytes": png(1)}, {"bytes": png(2)}])):
+        pq.write_table(pa.table({"jpg": column, "cls": [3, 5], "key": ["a", "b"]}), tmp_path / f"{name}.parquet")
+        found, _ = read(tmp_path / f"{name}.parquet")
+        assert (len(found.all), list(by_path(found).values())) == (2, ["3", "5"])
+
+
+def test_what_save_to_disk_leaves_is_read(tmp_path):
+    pictures = [Image.new("L", (12, 12), 10 * i) for i in range(4)]
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "d\x1bog"]))
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1]}, features=kinds)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+    alone, _ = read(tmp_path / "one")
+    train, test = read(tmp_path / "two")
+    assert alone.label_names == train.label_names == test.label_names == ["cat", r"d\x1bog"]
+    assert [len(found.all) for found in (alone, train, test)] == [4, 4, 4]
+
+
+def test_a_path_that_datasets_takes_for_a_pattern_is_refused(tmp_path):
+    for path in ("x [1]/train.parquet", "train[1].parquet"):
+        table(tmp_path / path, ["a", "b"])
+        with pytest.raises(Refused, match="datasets reads as a pattern"):
+            read(tmp_path / path)
+    table(tmp_path / "T.PARQUET", ["a", "b"])
+    assert len(read(tmp_path / "T.PARQUET")[0].all) == 2
+
+
+def test_a_webdataset_beside_pictures_is_refused_and_an_archive_of_pictures_left_aside(tmp_path):
+    for i in range(2):
+        (tmp_path / f"preview{i}.png").write_bytes(png())
+    archive(tmp_path / "photos.tar", {f"{i}.png": png() for i in range(3)})
+    assert len(read(tmp_path)[0]) == 2
+    pairs = {f"{i}.{ending}": content for i in range(3) for ending, content in (("png", png()), ("cls", b"1"))}
+    archive(tmp_path / "shard.tar", pairs)
+    with pytest.raises(Refused, match="image files and archives of a webdataset"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("column", "said"),
     [

@@ -17,6 +17,7 @@ from .extraction import extract
 from .images import Images
 from .limits import BelowOne, ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from .loop import Context
+from .names import escape, unescape
 from .recipe import Data, Running, Schedule, Views
 from .task import Batch, ViewTask, accuracy
 
@@ -149,7 +150,9 @@ def answers(network: nn.Module, images: Images, indices: Tensor, context: Contex
 def label_names(network: nn.Module) -> list[str]:
     """The names of a classifier's classes; their numbers where it tells none."""
     names = network.pretrained_cfg.get("label_names")
-    return list(names) if names else [str(number) for number in range(network.num_classes)]
+    return (
+        [escape(unescape(name)) for name in names] if names else [str(number) for number in range(network.num_classes)]
+    )
 
 
 def confusion(found: Answers) -> Tensor:

@@ -4,67 +4,42 @@ README's section "Your own images" states the rules. Paths are kept as bytes tha
 written as `escape` has them.
 """
 
-import csv
-import json
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
-
+from . import labels
 from .files import Refused
+from .names import escape, unescape
 from .pixels import is_image_file
 from .recipe import Data
 
-LABEL_COLUMNS = ("label", "labels", "fine_label")
-FILE_COLUMNS = ("file_name", "file", "filename", "path", "image")
-Rows = list[dict[str, Any]]
+MISSING = "listed, but missing"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-# What ends a line or a column somewhere, and what stands for a byte that is not UTF-8.
-_UNSAFE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\udc80-\udcff]")
-_ESCAPED = re.compile(r"\\(\\|t|n|r|x[0-9a-f]{2}|u[0-9a-f]{4})")
-_SHORT = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-
-
-def escape(path: str) -> str:
-    r"""A path as it is written: backslashes, control characters and bytes not of UTF-8 as ``\\ \t \n \u0085 \xe9``."""
-
-    def one(found: re.Match) -> str:
-        mark = found.group()
-        code = ord(mark)
-        if code < 0x80:
-            return _SHORT.get(mark) or f"\\x{code:02x}"
-        return f"\\x{code - 0xDC00:02x}" if code >= 0xDC80 else f"\\u{code:04x}"
-
-    return _UNSAFE.sub(one, path)
-
-
-def unescape(text: str) -> str:
-    """What `escape` made of a path, back."""
-
-    def one(found: re.Match) -> str:
-        mark = found.group(1)
-        if mark[0] in "xu":
-            code = int(mark[1:], 16)
-            return chr(code + 0xDC00) if mark[0] == "x" and code >= 0x80 else chr(code)
-        return {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}[mark]
-
-    return _ESCAPED.sub(one, text)
 
 
 def canonical(name: str) -> str | None:
     """ "train", "validation" or "test" for a name that means it, None for any other."""
     return SPLIT_NAMES.get(name.lower())
+
+
+def like_splits(name: str) -> set[str]:
+    """The splits that words in a name mean, as in train2017 or seg_test."""
+    return {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
+
+
+def training_split(names: Iterable[str]) -> str:
+    """The name among those of splits that means training, else the first."""
+    return next((name for name in names if canonical(name) == "train"), next(iter(names)))
 
 
 @dataclass
@@ -179,28 +154,38 @@ def read(roots: list[str], trees: list[Tree], data: Data) -> tuple[dict[str, Fol
     Raises:
         Refused: what is a split cannot be told, or labels cannot be read.
     """
-    given = Labels(data.labels, data.label_column) if data.labels else None
+    table = labels.given(data.labels, data.label_column) if data.labels else None
     result: dict[str, FolderSource] = {}
     told = False  # whether a metadata file has the column of labels
+    used: set[str] = set()  # files that the table names
     beside, bases = 0, [os.path.basename(os.path.abspath(root)) for root in roots]
     for number, (root, tree) in enumerate(zip(roots, trees, strict=True)):
         # One folder's paths are told from it on, so that it can be moved; of several each is told with its name.
         name = bases[number] + (f" ({number + 1})" if bases.count(bases[number]) > 1 else "")
         prefixes, base = splits_of(root, tree, data)
-        metadata = {file: _rows(os.path.join(root, file)) for file in tree.metadata}
-        told = told or any(rows and data.label_column in rows[0] for rows in metadata.values())
-        found = {split: _source(root, tree, metadata, prefix, base, data) for split, prefix in prefixes.items()}
-        inside = [prefix for prefix in prefixes.values() if prefix]
-        everywhere = "" in prefixes.values()
-        beside += 0 if everywhere else sum(not path.startswith(tuple(inside)) for path in tree.others)
-        if given:
-            given.of(root, found.values())
-        for split, source in found.items():
+        inside = tuple(prefixes.values())
+        beside += sum(not path.startswith(inside) for path in (*tree.images, *tree.others))
+        files = {os.path.abspath(os.path.join(root, path)): path for path in tree.images}
+        listed: dict[str, str | None] = {}
+        missing: list[str] = []
+        if table:
+            for file in table.labels:
+                if path := table.find(file, (root, os.path.dirname(table.file)), files):
+                    listed[files[path]] = table.labels[file]
+                    used.add(file)
+        else:
+            for place in tree.metadata:
+                column = _add_metadata(root, place, files, data.label_column, listed, missing)
+                told = told or column
+        for split, prefix in prefixes.items():
+            rest = split == training_split(prefixes)
+            absent = [path for path in missing if path.startswith(prefix) or (rest and not path.startswith(inside))]
+            source = _source(root, tree, listed, absent, prefix, base, bool(table))
             if len(roots) > 1:
                 source.paths = [escape(name) + "/" + path for path in source.paths]
             result.setdefault(split, FolderSource()).add(source)
-    if given:
-        given.finish(result)
+    if table:
+        _add_absent(table, [name for name in table.labels if name not in used], result)
     elif data.label_column and not told:
         raise Refused(f"data.label_column: no metadata file has a column {data.label_column!r}, and no table is given.")
     return result, beside
@@ -217,13 +202,15 @@ def splits_of(root: str, tree: Tree, data: Data) -> tuple[dict[str, str], str]:
     while True:
         below = [path[len(base) :] for path in tree.images]
         tops = list(dict.fromkeys(path.split("/")[0] for path in below if "/" in path))
-        loose = [path for path in below if "/" not in path]
+        loose = [path for path in below if "/" not in path and not tree.images[base + path]]
         if loose or len(tops) != 1 or canonical(tops[0]) or tops[0] in asked:
             break
         base += tops[0] + "/"
-    whole = {"train": ""}, base
     kinds = {top: canonical(top) for top in tops}
     training = [top for top in tops if kinds[top] == "train"]
+    if len(tops) == 1 and not loose and not training and tops[0] not in asked:
+        base += tops[0] + "/"  # a test split by itself: its folders are classes
+    whole = {"train": ""}, base
     if data.splits == "none":
         return whole
     named = any(top in asked for top in tops) and not (training and all(kinds.values()))
@@ -249,149 +236,99 @@ def splits_of(root: str, tree: Tree, data: Data) -> tuple[dict[str, str], str]:
             "is no name of a split; name the folders to use by --data.split and --data.test_split, or --data.splits "
             "none makes all of it one split, whose folders are classes."
         )
+    like = {kind: [top for top in tops if kind in like_splits(top)] for kind in ("train", "test", "validation")}
+    if like["train"] and (held := like["test"] + like["validation"]) and len(tops) <= len(like["train"] + held) + 1:
+        raise Refused(
+            f"data.path: {escape(like['train'][0])} and {escape(held[0])} in {where} look like splits, and their names "
+            "are not quite; name them by --data.split and --data.test_split, or --data.splits none makes each a class."
+        )
     return whole
 
 
-def _source(root: str, tree: Tree, metadata: dict[str, Rows], prefix: str, base: str, data: Data) -> FolderSource:
-    """A split, with the labels that its own metadata or folders give."""
+def _add_metadata(
+    root: str, place: str, files: dict[str, str], column: str | None, listed: dict[str, str | None], missing: list[str]
+) -> bool:
+    """Add the labels of images that a metadata file lists, and what it lists that is not there.
+
+    Args:
+        root: the folder.
+        place: the file's path in it.
+        files: path in it of each image, by absolute path.
+        column: of labels, if it was asked for.
+        listed, missing: what is added to, both by path in the folder.
+
+    Returns:
+        Whether it has a column of labels.
+    """
+    table = labels.metadata(os.path.join(root, place), column)
+    if table is None:
+        return False
+    folder = os.path.join(root, os.path.dirname(place))
+    for name, label in table.labels.items():
+        path = table.find(name, (folder,), files)
+        if path is None:
+            missing.append(os.path.relpath(os.path.join(folder, unescape(name)), root))
+        elif table.column:
+            listed[files[path]] = label
+    return table.column is not None
+
+
+def _add_absent(table: labels.Table, absent: list[str], result: dict[str, FolderSource]) -> None:
+    """Add what ``data.labels`` lists and is not there to the split that its path names, else to the training split.
+
+    Raises:
+        Refused: nothing that it lists is there.
+    """
+    if len(absent) == len(table.labels):
+        raise Refused(
+            f"data.labels: none of the {len(absent)} files of {table.file} is among the images; the first is "
+            f"{escape(absent[0])}, and is looked for beside the table and under data.path."
+        )
+    for split, source in result.items():
+        rest = split == training_split(result)
+        own = [name for name in absent if name.split("/")[0] == split or (rest and name.split("/")[0] not in result)]
+        faults = dict.fromkeys(range(len(own)), MISSING)
+        paths = [escape(unescape(name)) for name in own]
+        source.add(FolderSource([""] * len(own), paths, faults, [None] * len(own), missing=len(own)))
+
+
+def _source(
+    root: str,
+    tree: Tree,
+    listed: dict[str, str | None],
+    missing: list[str],
+    prefix: str,
+    base: str,
+    by_table: bool,
+) -> FolderSource:
+    """A split.
+
+    Args:
+        root: the folder.
+        tree: what lies in it.
+        listed: labels by path, as a table or metadata give them.
+        missing: what metadata list of this split, and is not there.
+        prefix: of the split's paths.
+        base: folder below which classes lie in a lone split.
+        by_table: folders are no classes, even where nothing is listed.
+    """
     entries = {path: why for path, why in tree.images.items() if path.startswith(prefix)}
-    labels: dict[str, str | None] | None = None
-    missing: dict[str, str] = {}
-    for file, rows in metadata.items():
-        if not rows or "file_name" not in rows[0]:
-            continue
-        column = _label_column(rows[0], data.label_column)
-        for row in rows:
-            path = os.path.normpath(os.path.join(os.path.dirname(file), str(row["file_name"])))
-            path = path if path in entries else unescape(path)
-            if path.startswith(prefix) and path not in entries:
-                missing[path] = "listed, but missing"
-            if column and path in entries:
-                labels = {} if labels is None else labels
-                labels[path] = _label(row.get(column))
-    entries |= missing
-    if labels is not None:
-        found = [labels.get(path) for path in entries]
+    entries |= dict.fromkeys(missing, MISSING)
+    start = len(prefix or base)
+    if by_table or any(path in listed for path in entries):
+        found = [listed.get(path) for path in entries]
     else:
-        start = len(prefix or base)
         classes = [path[start:].split("/")[0] if "/" in path[start:] else None for path in entries]
         found = [None if name is None else escape(name) for name in classes] if any(classes) else None
-    aside = Counter(_ending(path) for path in tree.others if path.startswith(prefix))
     return FolderSource(
-        files=["" if path in missing else os.path.join(root, path) for path in entries],
+        files=["" if why == MISSING else os.path.join(root, path) for path, why in entries.items()],
         paths=[escape(path) for path in entries],
         faults={position: why for position, why in enumerate(entries.values()) if why},
         labels=found,
-        missing=len(missing),
-        left_aside=aside,
+        missing=sum(why == MISSING for why in entries.values()),
+        left_aside=Counter(_ending(path) for path in tree.others if path.startswith(prefix)),
     )
 
 
 def _ending(path: str) -> str:
     return escape(os.path.splitext(path)[1].lower()) or "no ending"
-
-
-class Labels:
-    """A table of file and label, ``--data.labels``.
-
-    Args:
-        file: CSV, TSV, JSONL or parquet.
-        column: of labels; without one "label", "labels", "fine_label", or the only one beside the files.
-
-    Raises:
-        Refused: it cannot be read, or does not tell which column is which.
-    """
-
-    def __init__(self, file: str, column: str | None) -> None:
-        if not Path(file).is_file():
-            raise Refused(f"data.labels: {file} is not a file.")
-        self.file, rows = file, _rows(file)
-        if not rows:
-            raise Refused(f"data.labels: {file} has no rows.")
-        columns = list(rows[0])
-        files = next((name for name in FILE_COLUMNS if name in columns), None)
-        label = _label_column(rows[0], column) or (
-            columns[1 - columns.index(files)] if len(columns) == 2 and files else None
-        )
-        if column and column not in columns:
-            raise Refused(f"data.label_column: {file} has no column {column!r}; it has {', '.join(columns)}.")
-        if files is None or label is None:
-            raise Refused(
-                f"data.labels: {file} has the columns {', '.join(columns)}; the one of files is to be called "
-                "file_name, that of labels label, or as data.label_column says."
-            )
-        self.labels: dict[str, str | None] = {}
-        for row in rows:
-            name, label_of = str(row[files]), _label(row.get(label))
-            if self.labels.setdefault(name, label_of) != label_of:
-                raise Refused(f"data.labels: {file} gives {escape(name)} two labels.")
-        self.used: set[str] = set()
-
-    def of(self, root: str, sources: Iterable[FolderSource]) -> None:
-        """Label the images of sources that lie under `root`."""
-        by_file = {}
-        for place in (os.path.dirname(self.file) or ".", root):
-            for name in self.labels:
-                by_file |= {os.path.abspath(os.path.join(place, form)): name for form in (unescape(name), name)}
-        for source in sources:
-            found = [by_file.get(os.path.abspath(file)) if file else None for file in source.files]
-            self.used.update(name for name in found if name is not None)
-            source.labels = [None if name is None else self.labels[name] for name in found]
-
-    def finish(self, sources: dict[str, FolderSource]) -> None:
-        """Add what is listed and was not found to the split that its path names, else to the first.
-
-        Raises:
-            Refused: none of the images is listed.
-        """
-        absent = [name for name in self.labels if name not in self.used]
-        if not self.used:
-            raise Refused(
-                f"data.labels: none of the {len(self.labels)} files of {self.file} is among the images; the first is "
-                f"{escape(absent[0])}, and is looked for beside the table and under data.path."
-            )
-        for name in absent:
-            source = sources.get(name.split("/")[0], next(iter(sources.values())))
-            source.add(FolderSource([""], [escape(unescape(name))], {0: "listed, but missing"}, [None], missing=1))
-
-
-def _rows(file: str) -> Rows:
-    """A table's rows.
-
-    Raises:
-        Refused: it cannot be read.
-    """
-    try:
-        if file.endswith(".parquet"):
-            return pq.read_table(file).to_pylist()
-        text = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")
-        if file.endswith((".jsonl", ".json")):
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("a line is no JSON object")
-            return rows
-        head = text.split("\n", 1)[0]
-        rows = list(csv.DictReader(_lines(text), delimiter=max(",;\t", key=head.count), strict=True))
-        if any(None in row for row in rows):
-            raise ValueError("a row has more cells than the first one names")
-        return rows
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise Refused(f"{escape(file)} cannot be read as a table: {' '.join(str(error).split())}.") from error
-
-
-def _lines(text: str) -> Iterator[str]:
-    """Lines with their ends; not what str.splitlines takes for ends, which names of files may have."""
-    return (line + "\n" for line in text.replace("\r\n", "\n").split("\n"))
-
-
-def _label_column(columns: Iterable[str], asked: str | None) -> str | None:
-    names = (asked,) if asked else LABEL_COLUMNS
-    return next((name for name in names if name in columns), None)
-
-
-def _label(value: Any) -> str | None:
-    """An entry of a table's column of labels; None for one that says that there is none."""
-    if isinstance(value, list | dict):
-        raise Refused(f"data.label_column: {value} is more than one class for an image.")
-    text = "" if value is None else str(value)
-    return None if text in ("", "nan") or re.fullmatch(r"-\d+(\.0*)?", text) else text

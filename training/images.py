@@ -157,11 +157,14 @@ def load(
     decoded = decode_all(rows, list(splits.values()), data, "_".join(splits), folder, in_file, white, taken)
     account, bad = _account(rows, splits, decoded)
     if len(bad) == len(rows):
-        raise Refused(f"data.path: no image of split {next(iter(splits))!r} can be decoded ({len(bad)} tried).")
+        raise Refused(
+            f"data.path: no image of split {next(iter(splits))!r} can be decoded ({len(bad)} tried); the first is "
+            f"{bad[0][1]}: {bad[0][2]}."
+        )
     for name, told in account.items():
         if told["bad"] > data.max_bad_fraction * (told["bad"] + told["read"]):
             raise _too_many(bad, name, told, data, folder)
-    labels, names = _labels(rows, list(splits.values()), like.label_names if like else None)
+    labels, names = _labels(rows, splits, like.label_names if like else None)
     held_out = torch.tensor([split > 0 for split in number])
     moments = decoded.moments
     usable = decoded.pixels.heights > 0
@@ -257,24 +260,30 @@ def _account(
 
 
 def _labels(
-    rows: list[tuple[int, int]], found: list[Source], names: list[str] | None
+    rows: list[tuple[int, int]], splits: dict[str, Source], names: list[str] | None
 ) -> tuple[Tensor | None, list[str] | None]:
-    """Labels as class numbers, and the classes' names, `names` if given; (None, None) without two classes to tell."""
+    """Labels as class numbers, and the classes' names, `names` if given, else those of all images of the first split,
+    drawn or not; (None, None) without two classes to tell.
+
+    Raises:
+        Refused: another split has a class that the first has not.
+    """
+    found = list(splits.values())
     values = [None if found[split].labels is None else found[split].labels[position] for split, position in rows]
-    seen = {value for value, (split, _) in zip(values, rows, strict=True) if value is not None and split == 0}
     if names is None:
-        names = found[0].names or sorted(seen, key=_natural)
+        seen = {value for value, (split, _) in zip(values, rows, strict=True) if value is not None and split == 0}
+        names = found[0].names or sorted({value for value in found[0].labels or () if value is not None}, key=_natural)
         if len(seen) < 2 or len(names) < 2:
             return None, None
-    elsewhere = {value for value in values if value is not None}
-    if not elsewhere:
+    if all(value is None for value in values):
         return None, None
-    if unknown := elsewhere - set(names):
-        raise Refused(
-            f"data.test_split: a split that is not trained on has the class {min(unknown)!r}, which is not among the "
-            "training split's."
-        )
     number = {name: i for i, name in enumerate(names)}
+    for value, (split, _) in zip(values, rows, strict=True):
+        if value is not None and value not in number:
+            raise Refused(
+                f"data.path: the split {list(splits)[split]!r} has the class {value!r}, which is not among the "
+                "training split's; take it out there, or name the splits to use by --data.split and --data.test_split."
+            )
     return torch.tensor([-1 if value is None else number[value] for value in values]), names
 
 

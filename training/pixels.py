@@ -30,8 +30,9 @@ PLUGINS = (
     (rb"\xff\x0a|\0\0\0\x0cJXL ", (".jxl",), "pillow_jxl", "pillow-jxl-plugin"),
 )
 RAW = (".dng", ".cr2", ".cr3", ".crw", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw")
-VECTOR = (".svg", ".svgz")
+VECTOR = (".svg", ".svgz", ".eps", ".ps", ".ai")
 NO_PICTURES = ("HDF5", "MPEG", "GRIB", "BUFR", "IPTC", "PCD", "IM")  # what Pillow opens as stubs, or hardly an image
+PROGRAMS = ("EPS",)  # what Pillow gives to a program to run
 DNG_VERSION, ORIENTATION = 50706, 274  # tags of TIFF and EXIF
 MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|BM.{4}\0\0\0\0.{4}[\x0c\x28-\x7c]\0\0\0"
@@ -112,7 +113,9 @@ def open_picture(content: bytes, path: str = "") -> Image.Image:
     if ending in VECTOR:
         raise ValueError("vector graphics, which Pillow cannot read; convert it to PNG")
     try:
-        picture = Image.open(io.BytesIO(content))
+        Image.init()
+        formats = [kind for kind in Image.ID if kind not in (*PROGRAMS, *NO_PICTURES)]
+        picture = Image.open(io.BytesIO(content), formats=formats)
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
     if DNG_VERSION in getattr(picture, "tag_v2", ()):
@@ -188,9 +191,10 @@ def peak(content: bytes, path: str = "") -> tuple[float, bool]:
 
 
 def white_of(peaks: list[tuple[float, bool]]) -> float:
-    """What white is, given (largest value, floats) of a sample: the first of 1 (floats alone), `WHITES`, 2^n - 1."""
+    """What white is, given (largest value, floats) of a sample: 1 for floats of less than 2, some of which may lie
+    beyond white; else the first of `WHITES`, 2^n - 1."""
     most = max((value for value, _ in peaks), default=0.0)
-    if most <= 1 and peaks and all(floats for _, floats in peaks):
+    if most < 2 and peaks and all(floats for _, floats in peaks):
         return 1.0
     return float(next((white for white in WHITES if most <= white), 2 ** int(most).bit_length() - 1))
 

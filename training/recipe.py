@@ -64,7 +64,7 @@ class Data:
     image_column: str | None = None
     """Column of images; without one the only column of images."""
     label_column: str | None = None
-    """Column of labels; without one "label", "labels" or "fine_label" if it is there."""
+    """Column of labels; without one "label", "labels", "fine_label", "class" or "cls" if it is there."""
     size: PositiveInt = 224
     """Working size, px: side of the square that the network sees."""
     limit: PositiveInt | None = None
@@ -77,8 +77,8 @@ class Data:
     max_bad_fraction: ClosedUnitInterval = 0.01
     """Share of images that may fail to decode before the run stops."""
     white: PositiveFloat | None = None
-    """Value of images of more than 8 bits that is white; without it the first of 255, 1023, 4095, 16383 and 65535 that
-    a sample of them does not exceed (1 for floats up to 1)."""
+    """Value of grey images of more than 8 bits that is white; without it the first of 255, 1023, 4095, 16383 and 65535
+    that a sample of them does not exceed (1 for floats below 2)."""
     memory_gb: NonNegativeFloat | None = None
     """Decoded images and the features that are clustered stay in memory up to this size, GB, in files beside the run
     beyond it; without it half of what is free."""

@@ -20,11 +20,11 @@ from .batches import draw_batch
 from .evaluate import parts_of
 from .extraction import plain_batch
 from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, refuse_other, write_json, write_text
-from .folders import escape
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
 from .memory import bound
+from .names import escape
 from .operations import dead_taps, on_device, suited
 from .recipe import READS, Data, Proxy, Recipe, Schedule, phase_fields, to_yaml
 from .task import BackboneTask, check_norms

@@ -12,15 +12,19 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from . import folders
+from . import folders, labels
 from .files import Failed, Refused, full_disk, reason
-from .folders import LABEL_COLUMNS, FolderSource, canonical, escape
+from .folders import FolderSource, canonical
+from .names import escape
 from .recipe import Data
 
 READ_BY_DATASETS = (".parquet", ".arrow", ".tar")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+_IN_CACHE = re.compile(r"^.*/(snapshots|extracted)/[0-9a-f]{40,64}/")  # what comes before a data set's own paths
+PATTERN = re.compile(r"[*?\[\]]")  # what `datasets` takes for a pattern in names of files
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
 datasets.disable_progress_bars()
@@ -35,14 +39,14 @@ class TableSource:
         column: of images.
         labels: the class of each row, None where unknown; None without labels.
         names: the classes in the order that the data set gives them; None if it gives none.
-        trusted: folder below which a row may name a file; None where rows must hold the bytes.
+        trusted: folders below which a row may name a file; none where rows must hold the bytes.
     """
 
     table: datasets.Dataset
     column: str
     labels: list[str | None] | None
     names: list[str] | None
-    trusted: Path | None = None
+    trusted: tuple[Path, ...] = ()
     missing: int = 0
     left_aside: Counter = field(default_factory=Counter)
 
@@ -62,13 +66,13 @@ class TableSource:
             return str(position), b"", "no image"
         path, content = value.get("path") or str(position), value.get("bytes")
         if content is None:
-            if self.trusted is None or not Path(path).resolve().is_relative_to(self.trusted):
+            if not any(Path(path).resolve().is_relative_to(folder) for folder in self.trusted):
                 return escape(path), b"", "a file outside the data set"
             try:
                 content = Path(path).read_bytes()
             except OSError as error:
                 return escape(path), b"", error.strerror or "cannot be read"
-            path = str(Path(path).resolve().relative_to(self.trusted))
+            path = _IN_CACHE.sub("", path)
         return escape(path), content, "" if content else "empty file"
 
 
@@ -84,7 +88,7 @@ def read(data: Data) -> tuple[dict[str, Source], int]:
     """
     paths = data.paths
     if paths == ["digits"]:
-        return {name: _table(rows, data, None) for name, rows in _digits().items()}, 0
+        return {name: _table(rows, data, ()) for name, rows in _digits().items()}, 0
     found = [_folder(path) for path in paths]
     if len(paths) > 1 and not all(found):
         raise Refused("data.path: several are united only if each is a folder of images.")
@@ -120,7 +124,7 @@ def _folder(given: str) -> tuple[str, folders.Tree] | None:
     tables = [
         name
         for name in tree.others
-        if name.endswith(READ_BY_DATASETS) and os.path.basename(name) not in folders.METADATA
+        if name.lower().endswith(READ_BY_DATASETS) and os.path.basename(name) not in folders.METADATA
     ]
     if not tree.images:
         if tables and not _class_folders_in_tar(path, tables):
@@ -132,6 +136,10 @@ def _folder(given: str) -> tuple[str, folders.Tree] | None:
     if any(_holds_images(os.path.join(path, name)) for name in tables if name.endswith(".parquet")):
         raise Refused(
             f"data.path: {escape(given)} has image files and parquet files that hold images; name the folder of either."
+        )
+    if any(_holds_samples(os.path.join(path, name)) for name in tables if name.endswith(".tar")):
+        raise Refused(
+            f"data.path: {escape(given)} has image files and archives of a webdataset; name the folder of either."
         )
     return path, tree
 
@@ -146,18 +154,29 @@ def _holds_images(file: str) -> bool:
     return any(str(kind).startswith("struct<") and "bytes" in str(kind) for kind in kinds)
 
 
+def _members(archive: str) -> tuple[list[str], int]:
+    """The first files in an archive, and how many of these one sample of a webdataset has at most."""
+    try:
+        with tarfile.open(archive) as file:
+            members = [member.name for _, member in zip(range(200), file, strict=False) if member.isfile()]
+    except (OSError, tarfile.TarError):
+        return [], 0
+    return members, max(Counter(re.sub(r"\.[^/]*$", "", member) for member in members).values(), default=0)
+
+
+def _holds_samples(archive: str) -> bool:
+    """Whether an archive is a webdataset's, in which an image has something beside it."""
+    members, parts = _members(archive)
+    return parts > 1 and any(folders.is_image_file(member, regular=False) for member in members)
+
+
 def _class_folders_in_tar(folder: str, names: list[str]) -> bool:
     """Whether archives hold folders of images instead of a webdataset's samples, so that classes would be lost."""
     for name in names:
-        if not name.endswith(".tar"):
+        if not name.lower().endswith(".tar"):
             return False
-        try:
-            with tarfile.open(os.path.join(folder, name)) as archive:
-                members = [member.name for _, member in zip(range(200), archive, strict=False) if member.isfile()]
-        except tarfile.TarError:
-            continue
-        keys = Counter(re.split(r"\.(?=[^/]*$)", member)[0] for member in members)
-        if any("/" in member for member in members) and max(keys.values(), default=1) == 1:
+        members, parts = _members(os.path.join(folder, name))
+        if parts == 1 and any("/" in member for member in members):
             return True
     return False
 
@@ -179,8 +198,8 @@ def _check_file(path: str) -> None:
         raise Refused(f"{told} is no folder of images, and no parquet, arrow or webdataset file.")
 
 
-def _load(given: str, data: Data) -> tuple[dict[str, datasets.Dataset], Path | None]:
-    """What `datasets` reads, and the folder below which its rows may name files.
+def _load(given: str, data: Data) -> tuple[dict[str, datasets.Dataset], tuple[Path, ...]]:
+    """What `datasets` reads, and the folders below which its rows may name files.
 
     Raises:
         Refused: it cannot be read.
@@ -197,14 +216,21 @@ def _load(given: str, data: Data) -> tuple[dict[str, datasets.Dataset], Path | N
             f"{cache}, where datasets keeps what it reads, cannot be written; set HF_HOME to a folder that can."
         )
     path = Path(given).expanduser()
+    if path.exists() and PATTERN.search(str(path.absolute())):
+        raise Refused(f"data.path: {escape(given)} has one of *?[] in its path, which datasets reads as a pattern.")
+    config = datasets.config
+    caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if path.is_file():
-                kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix, "webdataset")
-                return datasets.load_dataset(kind, data_files={data.split or "train": str(path)}), None
-            found = datasets.load_dataset(str(path) if path.exists() else given, data.name)
-            return found, None if path.exists() else Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()
+                kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix.lower(), "webdataset")
+                return datasets.load_dataset(kind, data_files={data.split or "train": str(path)}), ()
+            if (path / "state.json").is_file():  # as Dataset.save_to_disk leaves it
+                return {data.split or "train": datasets.load_from_disk(path)}, ()
+            if path.exists():
+                return datasets.load_dataset(str(path), data.name), ()
+            return datasets.load_dataset(given, data.name), tuple(Path(p).expanduser().resolve() for p in caches)
     except Exception as error:  # datasets raises nearly every type, also for what a user mistyped
         if full := full_disk(error):
             raise Failed(f"{cache}, where datasets keeps what it reads, cannot be written: {reason(full)}.") from error
@@ -240,11 +266,10 @@ def _digits() -> dict[str, datasets.Dataset]:
     }
 
 
-def _table(rows: datasets.Dataset, data: Data, trusted: Path | None) -> TableSource:
+def _table(rows: datasets.Dataset, data: Data, trusted: tuple[Path, ...]) -> TableSource:
     column = _image_column(rows, data)
-    labels, names = _labels(rows, data)
     undecoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return TableSource(undecoded, column, labels, names, trusted)
+    return TableSource(undecoded, column, *_labels(rows, data), trusted)
 
 
 def _image_column(rows: datasets.Dataset, data: Data) -> str:
@@ -259,16 +284,23 @@ def _image_column(rows: datasets.Dataset, data: Data) -> str:
     if not column:
         found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         found = found or [name for name in ("image", "img") if name in rows.features]
+        found = found or [name for name, kind in rows.features.items() if _holds_bytes(kind)]
         if len(found) != 1:
             raise Refused(f"data.image_column: {len(found)} of the columns {columns} hold images; name the one.")
         column = found[0]
     kind = rows.features[column]
-    struct = isinstance(kind, dict) and {"bytes", "path"} == set(kind)
-    plain = isinstance(kind, datasets.Value) and kind.dtype.removeprefix("large_") in ("string", "binary")
-    if not (isinstance(kind, datasets.Image) or struct or plain):
+    text = isinstance(kind, datasets.Value) and kind.dtype.removeprefix("large_") == "string"
+    if not (isinstance(kind, datasets.Image) or text or _holds_bytes(kind)):
         told = "classes" if isinstance(kind, datasets.ClassLabel) else getattr(kind, "dtype", type(kind).__name__)
         raise Refused(f"data.image_column: {column!r} holds {told}, no images; there are {columns}.")
     return column
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column holds files: bytes, or these with their path."""
+    if isinstance(kind, dict):
+        return {"bytes"} <= set(kind) <= {"bytes", "path"}
+    return isinstance(kind, datasets.Value) and kind.dtype.removeprefix("large_") == "binary"
 
 
 def _labels(rows: datasets.Dataset, data: Data) -> tuple[list[str | None] | None, list[str] | None]:
@@ -279,20 +311,14 @@ def _labels(rows: datasets.Dataset, data: Data) -> tuple[list[str | None] | None
     single = [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel | datasets.Value)]
     if column and column not in single:
         raise Refused(f"data.label_column: {column!r} holds more than one class for each image.")
-    column = column or next((name for name in LABEL_COLUMNS if name in single), None)
+    column = column or labels.label_column(single, None)
     if column is None:
         return None, None
     feature, values = rows.features[column], rows[column][:]
     if isinstance(feature, datasets.ClassLabel):
-        names = list(feature.names)
+        names = [escape(name) for name in feature.names]
         return [None if v is None or v < 0 else names[v] for v in values], names
-    return [None if _unlabelled(v) else str(v) for v in values], None
-
-
-def _unlabelled(value: Any) -> bool:
-    """Whether an entry of a column says that there is no label: none, empty, not a number, or a negative one."""
-    number = isinstance(value, int | float)
-    return value is None or value == "" or (number and (value < 0 or value != value))
+    return [labels.label_of(value) for value in values], None
 
 
 @dataclass
