@@ -294,6 +294,8 @@ class Handler(BaseHTTPRequestHandler):
             kind, value = entry["key"], entry["value"]
             if kind == "header":
                 title = value["summary"]
+                if value.get("parentCommit") not in (None, repo.refs[revision]):
+                    return self.refuse(412, message="A commit has happened since. Please refresh and try again.")
             elif kind == "file":
                 tree[value["path"]] = base64.b64decode(value["content"]), False
             elif kind == "lfsFile":

@@ -95,6 +95,29 @@ def test_a_data_sets_name_may_hold_the_sign_before_its_fingerprint():
     assert (found.dataset_name, found.dataset_args) == ("photos@home", {"fingerprint": "0123"})
 
 
+@pytest.mark.parametrize(
+    ("model", "repository"),
+    [
+        ("resnet18.a1_in1k", "timm/resnet18.a1_in1k"),
+        ("hf-hub:org/net@v2", "org/net"),
+        ("local-dir:runs/mine/hub", None),
+        ("sslpp_resnet10t_s32", None),
+    ],
+)
+def test_weights_of_the_hub_are_known_by_their_repository(model, repository):
+    assert card.hub_id(model) == repository
+
+
+@pytest.mark.parametrize("licence", ["apache-2.0", "cc-by-nc-sa-4.0", "MIT", "agpl-3.0"])
+def test_licences_that_the_hub_knows_are_named_so(licence):
+    assert card.licence_fields(licence) == {"license": licence.lower()}
+
+
+def test_other_licences_are_named_beside():
+    assert card.licence_fields("dinov3-license") == {"license": "other", "license_name": "dinov3-license"}
+    assert card.licence_fields(None) == {}
+
+
 def test_it_says_what_the_model_started_from():
     base = ["--data.path", "/home/me/photos", "--run", "x"]
     made = command.parse([*base, "--model.name", "local-dir:/home/me/runs/a/hub"])

@@ -190,6 +190,8 @@ def test_it_is_published_with_a_card_of_its_own(name, tuned, hub):
     (result,) = card.data.eval_results
     value = records.value(records.read(tuned[0] / "records.jsonl"), stage=kept, split="test", metric="top1")
     assert (result.metric_type, result.dataset_split, result.metric_value) == ("accuracy", "test", value)
+    assert f"this classifier tells **{100 * value:.1f} %** right" in card.text
+    assert "best/" not in card.text
 
 
 def test_the_recipe_of_a_run_goes_on_with_it(tuned, backbone):

@@ -200,6 +200,15 @@ def test_the_test_split_is_left_alone_while_settings_are_chosen(context):
     assert {r["split"] for r in measured(context, train, test, test=False)} == {"val"}
 
 
+def test_one_held_out_image_is_enough_for_what_it_can_tell(context):
+    images = make_images(9)
+    images.held_out[:] = torch.arange(9) == 0
+    network = B.create(Model("test_resnet"), 16)
+    rows = E.evaluate(network, Evaluate(linear_c=[1.0]), E.Over((images, None), ()), context)
+    assert {row["protocol"] for row in rows} >= {"linear", "knn"}
+    assert "label_free" not in {row["protocol"] for row in rows}
+
+
 def test_without_labels_what_needs_none_is_measured(context):
     found = measured(context, make_images(80, labelled=False), make_images(24, labelled=False))
     assert {r["protocol"] for r in found} == {"residue", "rankme", "label_free"}

@@ -99,7 +99,12 @@ def test_accuracy_is_measured_after_each_epoch_and_the_best_is_kept(finished):
     assert len(told) == 3
     logged = [row["val_top1"] for row in read_lines(folder / "metrics.jsonl") if "val_top1" in row]
     assert [100 * value for value in logged] == pytest.approx(told, abs=0.01)
-    assert 100 * read_json(folder / "best" / "finetune.json")["val_top1"] == pytest.approx(max(told), abs=0.01)
+    best = read_json(folder / "best" / "finetune.json")
+    assert 100 * best["val_top1"] == pytest.approx(max(told), abs=0.01)
+    steps = [int(step) for step in re.findall(r"^step (\d+): held-out", done.stdout, re.M)]
+    assert best["step"] == max(
+        step for step, value in zip(steps, told, strict=True) if value == max(told)
+    )  # the latest
     assert 100 * read_json(folder / "last" / "finetune.json")["val_top1"] == pytest.approx(told[-1], abs=0.01)
 
 
@@ -283,6 +288,18 @@ def test_images_without_a_label_are_left_out_and_counted(backbone, tmp_path, non
     assert done.returncode == 0, done.stderr
     assert "10 of 30 images of the train split have no label and are left out" in done.stdout
     assert "1 of 3 images of the test split have no label" in done.stdout
+
+
+def test_a_class_without_an_image_to_learn_from_is_warned_of(backbone, tmp_path):
+    for name in "abc":
+        for i in range(12):
+            write_png(tmp_path / "data" / name / f"{i}.png", np.full((16, 16, 3), 10 * i))
+    for path in (tmp_path / "data" / "c").iterdir():
+        path.write_bytes(b"broken")
+    options = [*TINY, "--data.path", tmp_path / "data", "--data.max_bad_fraction", "1", "--run", tmp_path / "run"]
+    done = call(T.main, backbone, *options)
+    assert done.returncode == 0, done.stderr
+    assert "warning: 1 classes have no image to learn from, and are never learned: c" in done.stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--data.test_split", "none"]])

@@ -89,6 +89,7 @@ def test_what_goes_on_and_is_interrupted_ends_in_the_same_weights(longer, run, p
         (lambda run: shutil.rmtree(run / "checkpoints"), ["--relearn.epochs", "4"], "its last checkpoint is gone"),
         (lambda run: None, ["--relearn.epochs", "4", "--relearn.lr", "0.01"], "relearn.epochs: "),
         (lambda run: None, ["--relearn.epochs", "1"], "relearn.epochs: "),
+        (lambda run: None, ["--relearn.epochs", "2.1"], "relearn.epochs: 2.1 are no more steps than the 2 that"),
     ],
 )
 def test_what_cannot_go_on_is_refused_and_changes_nothing(spoil, options, said, run, picture_folder):
@@ -125,5 +126,9 @@ def test_fine_tuning_goes_on(finished, picture_folder, tmp_path):
     found = [r for r in records.read(tmp_path / "tuned" / "records.jsonl") if r["settings"]["epochs"] == 2]
     assert {str(r["schedules"]) for r in found} == {"{'tuned': [1.0, 2.0]}"}
     assert "tuned was trained in 2 schedules" in (tmp_path / "tuned" / "report.md").read_text()
-    fewer = call(finetune.main, finished[0] / "hub", *options, 1)
-    assert (fewer.returncode, "epochs: " in fewer.stderr) == (2, True)
+    for epochs in (1, 2.01):
+        fewer = call(finetune.main, finished[0] / "hub", *options, epochs)
+        assert (fewer.returncode, "epochs: " in fewer.stderr) == (2, True)
+    assert (
+        call(finetune.main, finished[0] / "hub", *options, 2).returncode == 0
+    )  # nothing was changed by what was refused

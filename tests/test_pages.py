@@ -76,7 +76,9 @@ def classifier_pages(folder):
     shown = torch.arange(0, 40, 5)
     answers = Answers(images, shown, torch.eye(4)[(images.labels[shown] + (shown > 25)) % 4] * 0.6 + 0.1)
     called = {"val": "validation", "test": "test"}
-    told = classifier_report.Told("resnet10t.c3_in1k", rows, images, 32, called, "test", answers, "mit")
+    told = classifier_report.Told(
+        "resnet10t.c3_in1k", rows, images, 32, called, "test", {"best": answers, "last": answers}, "mit"
+    )
     said = classifier_report.write(run, told)
     return {"report": (run / "report.md").read_text(), "card": (run / "best" / "README.md").read_text(), "screen": said}
 
@@ -131,7 +133,7 @@ def test_every_page_is_there(made):
 def test_what_each_split_was_for(tmp_path):
     """A part is held out of the training split unless there is another split for that."""
     images = make_images(40)
-    told = classifier_report.Told("x", [], images, 20, {}, "val", None, None)
+    told = classifier_report.Told("x", [], images, 20, {}, "val", {}, None)
     images.account = {"train": {"use": "training", "read": 40}, "other": {"use": "not used", "images": 3}}
     learned, held = ["train", "learned from", "20"], ["train, held-out part", "chooses best/", "8"]
     assert classifier_report.split_table(told)[1:] == [learned, held, ["other", "not used", "3"]]

@@ -127,12 +127,32 @@ def test_without_a_network_by_choice_it_says_so(hub, run, monkeypatch):
     assert (done.returncode, done.stderr.count("\n"), "HF_HUB_OFFLINE is set" in done.stderr) == (1, 1, True)
 
 
+def test_what_others_push_meanwhile_is_not_replaced(hub, run, monkeypatch):
+    call(push.main, run, "org/net")
+    looked, edit = push.changed_by_others, [CommitOperationAdd("notes.txt", b"mine")]
+
+    def meanwhile(api, repo, *rest):
+        found = looked(api, repo, *rest)
+        api.create_commit(repo, edit, commit_message="by hand") if edit else None
+        edit.clear()
+        return found
+
+    monkeypatch.setattr(push, "changed_by_others", meanwhile)
+    (run / "hub" / "README.md").write_text("new")
+    done = call(push.main, run, "org/net")
+    assert (done.returncode, "changed by somebody else meanwhile" in done.stderr) == (1, True)
+    assert call(push.main, run, "org/net").returncode == 0
+    assert (on_hub(hub)["README.md"], on_hub(hub)["notes.txt"]) == (b"new", b"mine")
+
+
 def test_a_cards_code_loads_the_branch_that_it_is_on(hub, run):
-    (run / "hub" / "README.md").write_text('"hf-hub:ORG/NAME" from_pretrained("ORG/NAME")')
+    (run / "hub" / "README.md").write_text('"hf-hub:ORG/NAME" from_pretrained("ORG/NAME") pipeline("x", "ORG/NAME")')
     call(push.main, run, "org/net")
     hf_api.HfApi().create_branch("org/net", branch="dev")
     assert call(push.main, run, "org/net", "--revision", "dev").returncode == 0
-    assert on_hub(hub, "dev")["README.md"] == b'"hf-hub:org/net@dev" from_pretrained("org/net", revision="dev")'
+    assert on_hub(hub, "dev")["README.md"] == (
+        b'"hf-hub:org/net@dev" from_pretrained("org/net", revision="dev") pipeline("x", "org/net", revision="dev")'
+    )
 
 
 def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(hub, run):
@@ -229,7 +249,7 @@ FAILURES = {
     "upload refused": ("write-alice", [("PUT /lfs", 403, 99)], "Nothing was published"),
     "commit breaks off": ("write-alice", [("/commit/", "drop", 99)], "Nothing was published"),
     "commit fails": ("write-alice", [("/commit/", 500, 99)], "status 500"),
-    "someone else committed": ("write-alice", [("/commit/", 412, 1)], "status 412"),
+    "someone else committed": ("write-alice", [("/commit/", 412, 1)], "changed by somebody else meanwhile"),
 }
 
 

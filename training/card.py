@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from . import proxies, report, verdict
@@ -85,13 +87,38 @@ def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
         ModelCardData(
             model_name=name,
             library_name="timm",
-            license=recipe.card.license,
+            **licence_fields(recipe.card.license),
+            base_model=hub_id(recipe.model.name) if recipe.model.pretrained else None,
             datasets=[recipe.card.dataset] if recipe.card.dataset else None,
             pipeline_tag="image-feature-extraction",
             tags=TAGS,
             eval_results=[result(row, recipe.card.dataset) for row in indexed] or None,
         )
     )
+
+
+# The Hub's identifiers that are in use: https://huggingface.co/docs/hub/repositories-licenses
+LICENCES = re.compile(
+    r"apache-2\.0|mit|bsd|bsd-[23]-clause|bsd-3-clause-clear|isc|zlib|unlicense|mpl-2\.0|a?gpl-3\.0|gpl-2\.0"
+    r"|lgpl-(2\.1|3\.0)|cc0-1\.0|cc-by(-nc)?-[234]\.0|cc-by-(sa|nd|nc-sa|nc-nd)-4\.0|odbl|odc-by|pddl|openrail|gemma"
+    r"|unknown|other"
+)
+
+
+def licence_fields(licence: str | None) -> dict[str, str]:
+    """A card's entries for a licence: the Hub takes its own identifiers alone, and the name of any other."""
+    if not licence:
+        return {}
+    known = LICENCES.fullmatch(licence.lower())
+    return {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
+
+
+def hub_id(model: str) -> str | None:
+    """The repository of the Hub that holds the weights of what timm calls so; None for other weights."""
+    if model.startswith("hf-hub:"):
+        return model.removeprefix("hf-hub:").split("@")[0]
+    told = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    return told.hf_hub_id if told else None
 
 
 def result(record: dict[str, Any], dataset: str | None) -> EvalResult:

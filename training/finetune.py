@@ -104,6 +104,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
         more = longer.asked(marker, read)
         if more:
             longer.check(folder, marker, "epochs")
+            longer.refuse_idle(marker, settings, len(indices), "epochs")
         elif marker.exists():
             refuse_other(marker, read)
     accelerator.wait_for_everyone()
@@ -215,6 +216,9 @@ def load_images(network: nn.Module, settings: Finetune, context: Context) -> tup
     for label in range(len(train.label_names)):
         members = shuffled[train.labels[shuffled] == label]
         indices.append(members[: max(1, round(settings.labels * len(members)))])
+    if none := [name for name, own in zip(train.label_names, indices, strict=True) if not len(own)]:
+        few = ", ".join(none[:5]) + ", …" * (len(none) > 5)
+        context.say(f"warning: {len(none)} classes have no image to learn from, and are never learned: {few}")
     return splits, torch.cat(indices).sort().values
 
 

@@ -82,6 +82,8 @@ def load_for(
     tuning: bool = False,
 ) -> Splits:
     """The splits as a model expects them, at its own size if no other is given, with its crop or the images' own."""
+    if not own_crop:
+        say_crop(network, context)
     train, test = load_splits(_for(network, data, size), context, tuning)
     return B.as_seen_by(network, train, own_crop), B.as_seen_by(network, test, own_crop) if test else None
 
@@ -91,8 +93,9 @@ def every_split(
 ) -> tuple[list[str], Iterator[Images]]:
     """The names of every split, or of data.split alone, and each split as a model expects it.
 
-    What cannot be decoded keeps its place.
+    What cannot be decoded keeps its place in a split of which something can.
     """
+    say_crop(network, context)
     data = dataclasses.replace(_for(network, data, size), max_bad_fraction=1.0)
     found, _ = sources.read(data)
     names = [sources.uses(data, found).train] if data.split else [name for name, source in found.items() if len(source)]
@@ -105,6 +108,14 @@ def every_split(
             yield B.as_seen_by(network, split)
 
     return names, read()
+
+
+def say_crop(network: nn.Module, context: Context) -> None:
+    """Say that a model's own transform would show more than the centre."""
+    mode = network.pretrained_cfg.get("crop_mode") or "center"
+    if mode != "center":
+        what = {"squash": "squeezes whole images into a square", "border": "shows whole images with a border"}
+        context.say(f"the model's own transform {what.get(mode, f'crops by {mode}')}; here it sees their centre")
 
 
 def _for(network: nn.Module, data: Data, size: int | None) -> Data:

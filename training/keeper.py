@@ -42,7 +42,8 @@ class Keeper:
         top1 = classifier.values(self.answers(network, "val"), self.splits["train"])["top1"]
         self.context.say(f"step {step}: {self.called('val')}: {100 * top1:.2f} %")
         best = self.context.folder / "best" / "finetune.json"
-        if self.context.main and (not best.exists() or top1 > read_json(best, "val_top1")["val_top1"]):
+        # Of equals the latest: a few held-out images tell little, and later epochs have smaller steps.
+        if self.context.main and (not best.exists() or top1 >= read_json(best, "val_top1")["val_top1"]):
             self.keep(network, "best", step, top1)
         if self.context.main and step == total:
             self.keep(network, "last", step, top1)
@@ -61,6 +62,7 @@ class Keeper:
     def measure(self, model: str, precision: str, learned: int) -> None:
         """Records of the best and the last classifier, on the held-out part and the test split; report and cards."""
         path, found, train = self.context.folder / "records.jsonl", [], self.splits["train"]
+        shown: dict[str, classifier.Answers] = {}  # of the last of the splits
         marker, settings = read_json(self.context.folder / "finetune.json"), self.settings
         cost, schedules = marker["budget"], longer.schedules([(self.context.folder / "finetune.json", "epochs")])
         told = {name: getattr(settings, name) for name in ("labels", "epochs", "scratch", "lr", "layer_decay")}
@@ -93,9 +95,9 @@ class Keeper:
                 **({"schedules": schedules} if schedules else {}),
             }
             for split in splits:
-                said = self.answers(network, split)
-                data = f"{settings.data.called}@{said.images.fingerprint[:16]}"
-                values = classifier.values(said, train)
+                shown[name] = self.answers(network, split)
+                data = f"{settings.data.called}@{shown[name].images.fingerprint[:16]}"
+                values = classifier.values(shown[name], train)
                 rows = [{"data": data, "split": split, "metric": m, "value": v} for m, v in values.items()]
                 found += [{**shared, **row, **spent} for row in rows]
                 self.context.say(f"{name}, {self.called(split)}: {100 * values['top1']:.2f} %")
@@ -105,5 +107,5 @@ class Keeper:
             found = [r for r in records.read(path) if r.get("recipe_sha256") == made]  # plain numbers
             called = {split: self.called(split) for split in splits}
             licence = network.pretrained_cfg.get("license")
-            whole = classifier_report.Told(model, found, train, learned, called, splits[-1], said, licence)
+            whole = classifier_report.Told(model, found, train, learned, called, splits[-1], shown, licence)
             self.context.say(classifier_report.write(self.context.folder, whole))

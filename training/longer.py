@@ -4,12 +4,15 @@ Its marker then tells of the schedules before, as "earlier": the epochs at which
 checkpoints. Records tell the ends of all schedules, since one long schedule would have ended elsewhere.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .checkpoints import Checkpoints, Earlier
 from .files import Refused, differences, read_json, sha256_json
+from .loop import steps_of
+from .recipe import Schedule
 
 
 def _before(marker: Path) -> dict[str, Any]:
@@ -65,6 +68,20 @@ def check(folder: Path, marker: Path, field: str, alone: bool = True) -> None:
         raise Refused(
             f"{field}: {marker.parent} was made with {_before(marker)[field]:g}, and cannot go on, since {why}; choose "
             "another --run."
+        )
+
+
+def refuse_idle(marker: Path, schedule: Schedule, images: int, field: str) -> None:
+    """Refuse more epochs that are no more steps.
+
+    Raises:
+        Refused: naming the field.
+    """
+    done = _before(marker)[field]
+    if steps_of(schedule, images)[1] <= steps_of(dataclasses.replace(schedule, epochs=done), images)[1]:
+        raise Refused(
+            f"{field}: {schedule.epochs:g} are no more steps than the {done:g} that {marker.parent} was made with; ask "
+            "for more."
         )
 
 

@@ -105,7 +105,7 @@ def collect(run: Path, repo: str, revision: str | None = None) -> Files:
     card = (folder / "README.md").read_text(encoding="utf-8")
     if revision:
         card = card.replace(f"hf-hub:{REPOSITORY}", f"hf-hub:{REPOSITORY}@{revision}")
-        card = card.replace(f'("{REPOSITORY}")', f'("{REPOSITORY}", revision="{revision}")')
+        card = card.replace(f'"{REPOSITORY}")', f'"{REPOSITORY}", revision="{revision}")')
     files["README.md"] = card.replace(REPOSITORY, repo).encode()
     files[SENT] = json.dumps({name: [git_sha1(file), sha256(file)] for name, file in files.items()}, indent=1).encode()
     return files
@@ -164,7 +164,8 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
             raise Refused(f"{repo} is public; make it private in its settings, or choose another name.")
         if same(api, repo, revision, files):
             return f"{repo} has these files already; nothing was sent."
-        there = {s.rfilename for s in api.model_info(repo, revision=revision).siblings or []}
+        looked_at = api.model_info(repo, revision=revision)
+        there = {s.rfilename for s in looked_at.siblings or []}
         foreign = changed_by_others(api, repo, revision, (there & files.keys()) - {SENT})
         if foreign and not (overwrite or create_pr):
             raise Refused(
@@ -178,7 +179,9 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
         if create_pr and (found := open_request(api, repo, files)):
             return f"{found} proposes these files already; nothing was sent."
         try:
-            done = api.create_commit(repo, operations, commit_message=TITLE, revision=revision, create_pr=create_pr)
+            parent = None if create_pr else looked_at.sha  # what others push meanwhile is not replaced unseen
+            told = {"commit_message": TITLE, "revision": revision, "create_pr": create_pr, "parent_commit": parent}
+            done = api.create_commit(repo, operations, **told)
         except Exception:
             # The answer may be lost although the commit was made: what the repository holds decides.
             try:
@@ -249,6 +252,8 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
         text = "The Hub does not know your token; run `hf auth login` again, or set HF_TOKEN anew."
     elif status == 403:
         text = f"Your token may not write to {repo}; it needs the role write, and you a place in {repo.split('/')[0]}."
+    elif status == 412:
+        text = f"{repo} was changed by somebody else meanwhile. Nothing was published; the same command looks again."
     elif status is not None:
         text = f"The Hub answered with status {status}: {_first_line(error)} {again}"
     elif isinstance(error, ValueError) and isinstance(error.__cause__, HfHubHTTPError):

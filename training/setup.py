@@ -120,11 +120,13 @@ def prepare(
         B.resolve_stage(network, recipe.clusters.stage, "clusters.stage")
     rounds = (f"round_{number}" for number in range(1, recipe.relearn.rounds + 1))
     refuse_files(folder, ("checkpoints", "proxy", "report", "hub", *rounds))
+    going_on: list[Path] = []
     for marker in folder.glob("*/*.json"):
         if marker.stem in READS and re.fullmatch(r"proxy|round_\d+", marker.parent.name):  # else it is a copy
             fields, epochs = phase_fields(recipe, marker.stem), f"{marker.stem}.epochs"
             if longer.asked(marker, longer.going_on(marker, fields, epochs)):
                 longer.check(folder, marker, epochs, shared is None)
+                going_on.append(marker)
             else:
                 refuse_other(marker, fields)
     accelerator = start(recipe.precision, recipe.log.tracker, str(folder))
@@ -133,6 +135,8 @@ def prepare(
         lock = lock_folder(folder) if context.main else None
         (train, test), transfer = read or load_images(recipe, network, context)
         refuse(recipe, train, network, accelerator)
+        for marker in going_on:
+            longer.refuse_idle(marker, getattr(recipe, marker.stem), len(train.train), f"{marker.stem}.epochs")
         needs = peaks.check(recipe, (train, test), network, accelerator) if read is None else ""
         if context.main:
             _remember(recipe, folder, train, test)

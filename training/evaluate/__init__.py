@@ -109,14 +109,14 @@ def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context:
             records += residue_records(turned, settings, device)
     held = parts["val"][1]
     some = train.sample(held, label_free.IMAGES)
-    two = (features(train, some, random=(over.views, seed)) for seed in (1, 2))
+    two = (features(train, some, random=(over.views, seed)) for seed in (1, 2)) if len(some) > 1 else ()
     three = [taken(found["val"], held, some), *two]
     if context.main:
         for name in measured(found):
             for stage, rows in found[name].items():
                 size = {"n": len(rows), "dimensions": rows.shape[1]}
                 records.append(_record(stage, "rankme", size, name, "rank", rankme.rankme(rows)))
-        for stage in three[0]:
+        for stage in three[0] if len(some) > 1 else ():  # of one image alone nothing can be told
             for metric, told, value in label_free.scores(*(rows[stage] for rows in three)):
                 records.append(_record(stage, "label_free", told, "val", metric, value) | {"count": len(some)})
     context.accelerator.wait_for_everyone()
