@@ -7,6 +7,7 @@ import pytest
 from training import arms as A
 from training import command
 from training.loop import steps_of
+from training.recipe import Proxy
 
 COUNTS = A.Counts(training=1000, usable=1100, seen=lambda proxy: 1.0, other="rotation")
 
@@ -90,6 +91,17 @@ def test_variants_of_the_proxy_take_phase_3s_views_and_head():
     assert set(changed("proxy", variant="strong views")) == {"proxy.epochs", "relearn.rounds", "proxy.views"}
     assert set(changed("proxy", variant="mlp")) == {"proxy.epochs", "relearn.rounds", "proxy.mlp_layers", "proxy.ema"}
     assert set(A.PROXY_VARIANTS) == {"strong views", "mlp", "strong views, mlp"}
+
+
+def test_a_task_without_pooled_features_is_not_tried_with_an_mlp():
+    assert A.variants(Proxy(name="rotation")) == list(A.PROXY_VARIANTS)
+    assert A.variants(Proxy(name="simmim")) == ["strong views"]
+
+
+def test_every_layer_that_starts_anew_has_the_whole_rate():
+    for arm in A.ARMS:
+        made = A.build(arm, method(relearn__low_lr="0.1"), COUNTS)
+        assert made.relearn.low_lr == (1.0 if made.relearn.reinit == "all" or arm == "finetune_all" else 0.1), arm
 
 
 def test_random_is_untrained_even_where_the_others_start_from_weights():

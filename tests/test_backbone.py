@@ -16,6 +16,7 @@ from training import backbone as B
 from training import extraction
 from training.extraction import extract, features, plain_batch
 from training.files import Failed, Refused
+from training.pixels import Pixels
 from training.recipe import Model, Views
 
 FAMILIES = {
@@ -245,6 +246,32 @@ def test_a_cpu_passes_no_more_images_forward_than_its_caches_hold(random, tiny, 
     parts = extract(network, tiny, tiny.all, context.accelerator, 16, random=random)["pooled"]
     assert seen == [5, 5, 5, 1, 5, 5, 5, 1, 5, 3]
     assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-6)  # and random views are drawn for as many as before
+
+
+def test_random_views_of_a_long_picture_are_the_same_however_a_pass_is_split(context, monkeypatch):
+    tiny = make_images()
+    flat, place = [], 0
+    heights, widths, starts = (torch.zeros(len(tiny), dtype=torch.long) for _ in range(3))
+    for i in range(len(tiny)):
+        whole = tiny.pixels.picture(i)
+        whole = whole.repeat(1, 1, 4) if i == 5 else whole
+        heights[i], widths[i], starts[i] = *whole.shape[1:], place
+        flat.append(whole.reshape(-1))
+        place += whole.numel()
+    tiny = dataclasses.replace(tiny, pixels=Pixels(torch.cat(flat), heights, widths, starts))
+    network, random = B.create(Model("test_resnet"), 16), (Views(), 3)
+    whole = extract(network, tiny, tiny.all, context.accelerator, 16, random=random)["pooled"]
+    monkeypatch.setattr(extraction, "LEAST", 4)
+    monkeypatch.setattr(extraction, "CACHED", 1)
+    parts = extract(network, tiny, tiny.all, context.accelerator, 16, random=random)["pooled"]
+    assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_features_are_those_of_the_whole_network_whatever_stages_are_asked_for():
+    network = timm.create_model("hiera_tiny_224", num_classes=0, embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)).eval()
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(features(network, image, [1])["pooled"], network(image), atol=1e-5)
 
 
 def test_a_folder_that_lacks_weights_is_not_loaded(tmp_path):

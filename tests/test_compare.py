@@ -241,6 +241,13 @@ def test_what_is_wrong_is_refused(picture_folder, tmp_path, arguments, named):
     assert not (tmp_path / "x").exists()
 
 
+def test_what_is_named_twice_is_done_once():
+    made = compare.command([])
+    values = made.read(["--data.path", "digits", "--seeds", "[1,0,1]", "--grid", "[1,1.0]", "--arms", "[proxy,proxy]"])
+    asked = compare.request(values, made)
+    assert (asked["seeds"], asked["grid"], asked["arms"]) == ([1, 0], [1.0], ["proxy"])
+
+
 def test_what_is_compared_where_nothing_is_said():
     made = compare.command([])
     assert made.get_default("arms") == [arm for arm in A.ARMS if arm != "other_proxy"]

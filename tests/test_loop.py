@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.conftest import make_images
 from training import backbone as B
-from training import batches, launch, loop
+from training import batches, launch, loop, setup
 from training.checkpoints import Checkpoints
 from training.files import Failed, Refused, read_lines
 from training.launch import Interrupted, Key
@@ -114,6 +114,22 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(context, tmp_pa
     assert same(whole, resumed)
     again = read_lines(context.folder / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adan", "lion"])
+def test_every_optimiser_goes_on_bit_for_bit(optimizer, context, tmp_path):
+    whole = run(make(), context, optimizer=optimizer)
+    context.folder, task = elsewhere(tmp_path), make()
+    task.after = lambda step: setattr(context.stop, "number", 15) if step == 7 else None
+    with pytest.raises(Interrupted):
+        run(task, context, optimizer=optimizer)
+    context.stop.number = None
+    assert same(whole, run(make(), context, optimizer=optimizer))
+
+
+def test_an_optimiser_that_checkpoints_cannot_hold_is_refused():
+    with pytest.raises(Refused, match=r"proxy\.optimizer: checkpoints cannot hold what kron remembers"):
+        setup.check_fits(Schedule(optimizer="kron", batch_size=8), 40, 1, "proxy.")
 
 
 def test_a_signal_after_the_last_step_stops_what_would_come_next(context, tmp_path):

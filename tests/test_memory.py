@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import make_images, tiny_run
 from training import backbone as B
-from training import clusters, extraction, images, memory, peaks
+from training import clusters, extraction, images, memory, peaks, proxies
 from training.files import Failed, Refused
 from training.launch import Key
 from training.loop import train
@@ -73,7 +73,7 @@ def made(context):
         data=Data(size=16),
         proxy=Proxy(epochs=1, batch_size=16),
         clusters=Clusters(k=[3], whiten=8),
-        relearn=Relearn(batch_size=16),
+        relearn=Relearn(batch_size=16, mlp_dim=8),
         precision="fp32",
     )
     splits = make_images(count=4000), make_images(count=40)
@@ -114,6 +114,22 @@ def test_where_no_value_of_a_field_would_fit_something_else_is_advised(made):
         "proxy": smaller, "relearn": smaller, "features": smaller,
         "clusters": "clusters.whiten 1 would fit", "evaluate": "evaluate.test false needs less",
     }  # fmt: skip
+
+
+def test_heads_second_networks_and_averages_are_counted(made):
+    settings, _, network, _ = made
+    weights = sum(p.nbytes for p in network.parameters())
+    buffers = sum(b.nbytes for b in network.buffers())
+    assert peaks.held(network, settings.proxy) == 3 * weights + buffers  # weights, gradients, momentum
+    before = {peak.phase: peak.size for peak in peaks.peaks(*made)}
+    settings.relearn.ema, settings.clusters.k = 0.9, [1000]
+    settings.proxy = proxies.settings("barlow_twins", epochs=1, batch_size=16, mlp_layers=2, mlp_dim=512)
+    after = {peak.phase: peak.size for peak in peaks.peaks(*made)}
+    width = network.num_features
+    head = 4 * 1000 * settings.relearn.mlp_dim
+    assert after["relearn: a step of 16 images"] - before["relearn: a step of 16 images"] > 2.9 * head + weights
+    mlp = 4 * (width * 512 + 512 * 512 + 512 * 8192)
+    assert after["proxy: a step of 16 images"] - before["proxy: a step of 16 images"] > 3 * mlp
 
 
 def test_what_autograd_keeps_is_counted_for_a_view_alone():

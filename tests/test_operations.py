@@ -7,6 +7,7 @@ import torch
 import sslpp_models  # noqa: F401  registers the backbones
 from training import backbone as B
 from training import operations
+from training.operations import forward_flops
 from training.recipe import Model
 
 
@@ -64,6 +65,14 @@ def naive_dead_taps(network, size):
 def test_taps_that_meet_no_data_are_those_whose_weights_change_nothing(name, args, size):
     network = B.create(Model(name, args), size)
     assert operations.dead_taps(network, size) == naive_dead_taps(network, size)
+
+
+@pytest.mark.parametrize("name", ["test_vit3", "test_vit"])
+def test_operations_are_counted_behind_attention_that_pools_and_where_nothing_learns(name):
+    network = timm.create_model(name, num_classes=0)
+    with torch.no_grad():
+        free = forward_flops(network, network.pretrained_cfg["input_size"][-1])
+    assert free == forward_flops(network.requires_grad_(False), network.pretrained_cfg["input_size"][-1]) > 0
 
 
 def test_taps_without_data_are_counted():

@@ -263,6 +263,21 @@ for name in proxies.PROXIES:
             assert all(torch.equal(both[0], one) for one in both), (name, key)
     if accelerator.is_main_process:
         told[name] = [row["loss"] for row in read_lines(folder / "metrics.jsonl")]
+# MoCo's keys are made with running statistics, which are to be everybody's at each step.
+images = make_images(side=36, size=32)
+proxy = proxies.settings("moco", options=proxies.find("moco").Options(dim=5, queue=24), **{{**fields, "mlp_layers": 1}})
+task = proxies.build(proxy, B.create(Model("test_resnet"), 32), images)
+real = task.after_step
+
+def look(step, total):
+    real(step, total)
+    for name, value in task.keys.module.named_buffers():
+        both = accelerator.gather(value.double().flatten().unsqueeze(0))
+        assert all(torch.equal(both[0], one) for one in both), (step, name)
+
+task.after_step = look
+context = Context(accelerator, place, launch.StopSignals(), 1, 1000)
+loop.train(task, images, images.train, proxy, Key(0, "proxy"), context, "x")
 if accelerator.is_main_process:
     (place / "losses.json").write_text(json.dumps(told))
 launch.end_processes()

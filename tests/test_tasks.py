@@ -14,6 +14,7 @@ from training import loop, proxies, views
 from training.checkpoints import Checkpoints
 from training.files import Refused, read_lines
 from training.launch import Interrupted, Key
+from training.proxies import check, settings
 from training.proxies.barlow_twins import barlow_twins
 from training.proxies.jigsaw import distant_orders, tile_side
 from training.recipe import Model, Schedule
@@ -186,7 +187,9 @@ def test_barlow_twins_sees_two_views(images, teacher, context):
     task = exact(build("barlow_twins", images, teacher)[0])
     got = task(draw(images, context))["loss"]
     again = draw(images, context)
-    one, other = (torch.stack([embedded(task, image) for image in seen(task, again)]) for _ in range(2))
+    assert (task.views.solarize, task.other_views.solarize) == (0, 0.2)
+    both = seen(task, again), seen(task, again, task.other_views)
+    one, other = (torch.stack([embedded(task, image) for image in images]) for images in both)
     same(got, barlow_twins(one, other, 0.005)["loss"], [task.head.weight, first(task)])
 
 
@@ -252,6 +255,11 @@ def test_simmim(images, teacher, context):
         error = error + (painted - image).abs()[:, mask].sum()
         count += 3 * int(mask.sum())
     same(got, error / count, [task.head.weight, task.token, first(task)])
+
+
+def test_simmim_masks_something_however_small_the_share(images, teacher, context):
+    task = build("simmim", images, teacher, options={"ratio": 0.001})[0]
+    assert task.mask(draw(images, context)).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("match", ["cosine", "similarity"])
@@ -330,6 +338,8 @@ def test_what_cannot_be_served_is_refused(images, teacher):
             build(name, images, teacher, network="test_vit")
     with pytest.raises(Refused, match=r"proxy\.options\.grid: 2 is even"):
         build("relative_location", images, teacher, options={"grid": 2})
+    with pytest.raises(Refused, match=r"proxy\.mlp_layers: simmim reads maps"):
+        check(settings("simmim", mlp_layers=1))
     with pytest.raises(Refused, match=r"proxy\.options\.patch"):
         build("simmim", images, teacher, options={"patch": 20})
     for name, said in (("", "name the teacher"), ("resnet81", "timm has no model"), ("resnet18.nowhere", "timm")):

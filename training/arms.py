@@ -113,7 +113,8 @@ def clusterfit(recipe: Recipe, counts: Counts) -> None:
     clusters, relearn = recipe.clusters, recipe.relearn
     clusters.stage, clusters.whiten, clusters.average = -1, 0, "none"
     clusters.k = [sorted(clusters.k)[len(clusters.k) // 2]]
-    relearn.rounds, relearn.reinit, relearn.norm, relearn.keep, relearn.settle = 1, "all", "batch", 0.0, 0.0
+    relearn.rounds, relearn.reinit, relearn.norm, relearn.keep = 1, "all", "batch", 0.0
+    relearn.settle, relearn.low_lr = 0.0, 1.0
     relearn.mlp_layers, relearn.ema, relearn.label_smoothing, relearn.drop = 0, 0.0, 0.0, 0.0
     lengthen(relearn, whole - images_of(recipe.proxy, counts) - clustering_images(recipe, counts, 1), counts)
 
@@ -182,6 +183,11 @@ def both(recipe: Recipe) -> None:
 
 # What else the whole-budget proxy is tried with; the best on the held-out part counts.
 PROXY_VARIANTS: dict[str, Callable[[Recipe], None]] = {"strong views": strong, "mlp": head, "strong views, mlp": both}
+
+
+def variants(proxy: Proxy) -> list[str]:
+    """Those that a task can be tried with: not the MLP, where it reads no pooled features."""
+    return [name for name, change in PROXY_VARIANTS.items() if change is strong or proxies.find(proxy.name).pooled]
 
 
 def build(arm: str, recipe: Recipe, counts: Counts, lr: float = 1.0, variant: str | None = None) -> Recipe:

@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 from accelerate.utils import broadcast
+from safetensors.torch import load_file
 from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -258,7 +259,7 @@ def estimate_norm(network: nn.Module, images: Images, device: torch.device, batc
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
         norm.train()
-    for part in images.sample(images.train, most).split(batch_size):
+    for part in images.sample(images.train, most).split(max(2, batch_size)):
         if len(part) > 1:
             network(plain_batch(images, part, device))
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -329,4 +330,7 @@ def load(folder: Path) -> nn.Module:
         Failed: it is no longer what was written.
     """
     with reading(folder):
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+        # The weights by ourselves: timm would first have some networks fetch those of a part of theirs.
+        network = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        return network

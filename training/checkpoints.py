@@ -20,7 +20,7 @@ class Checkpoint:
     """A state read back.
 
     Attributes:
-        tensors: the task's state under "task/", the optimiser's under "optimizer/".
+        tensors: the task's state under "task/", the optimiser's under "optimizer/" and "group/".
         state: step, budget, and what of the optimiser is no tensor.
     """
 
@@ -47,7 +47,14 @@ class Checkpoint:
                 state.setdefault(int(number), {})[name] = value
         for number, values in self.state["optimizer"].items():
             state.setdefault(int(number), {}).update(values)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        groups = optimizer.state_dict()["param_groups"]
+        for group, kept in zip(groups, self.state.get("groups", [{}] * len(groups)), strict=True):
+            group |= kept
+        for key, value in self.tensors.items():
+            if key.startswith("group/"):
+                _, number, name = key.split("/", 2)
+                groups[int(number)][name] = value.clone()
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,21 @@ class Earlier:
 
     step: int
     fingerprint: str
+
+
+def counted(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What an optimiser itself keeps in its groups, as steps, beside the settings that they were made with."""
+    given = {"params", "lr_scale", *optimizer.defaults}
+    return [{key: value for key, value in group.items() if key not in given} for group in optimizer.param_groups]
+
+
+def can_be_kept(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether tensors and JSON hold all that an optimiser, which has done a step, keeps."""
+    found = [value for kept in (*optimizer.state.values(), *counted(optimizer)) for value in kept.values()]
+    try:
+        return bool(sha256_json([value for value in found if not isinstance(value, Tensor)]))
+    except TypeError:
+        return False
 
 
 class Checkpoints:
@@ -84,11 +106,15 @@ class Checkpoints:
                     tensors[f"optimizer/{number}/{key}"] = value
                 elif value is not None:
                     others.setdefault(str(number), {})[key] = value
+        groups = counted(optimizer)
+        for number, group in enumerate(groups):
+            for key in [key for key, value in group.items() if isinstance(value, Tensor)]:
+                tensors[f"group/{number}/{key}"] = group.pop(key)
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         with whole_folder(self.folder / f"{name}_{state['step']:08d}") as beside:
             save_tensors(tensors, beside / "state.safetensors")
             digest = sha256_file(beside / "state.safetensors")
-            told = {**state, "phase": name, "optimizer": others, "sha256": digest}
+            told = {**state, "phase": name, "optimizer": others, "groups": groups, "sha256": digest}
             write_json(beside / "state.json", {**told, "state_sha256": sha256_json(told)})
         # The last two of this phase; one past this step is another run's, and a phase before this one is over.
         here = self.folder / f"{name}_{state['step']:08d}"

@@ -73,6 +73,7 @@ def request(values: Namespace, made: Parser) -> dict[str, Any]:
     if not arms or not seeds or not grid:
         raise Refused("--arms, --seeds and --grid need at least one value each.")
     recipe, arms = from_values(values, made), [a for a in A.ARMS if a in arms]
+    seeds, grid = list(dict.fromkeys(seeds)), list(dict.fromkeys(grid))
     return {"recipe": recipe, "arms": arms, "seeds": seeds, "grid": grid, "other": other}
 
 
@@ -155,7 +156,8 @@ class Comparison:
         lr = max(by_lr, key=by_lr.get)
         if arm != "proxy":
             return lr, None
-        by_variant = {None: by_lr[lr], **{name: self.tried(arm, lr, name) for name in A.PROXY_VARIANTS}}
+        variants = A.variants(self.recipe.proxy)
+        by_variant = {None: by_lr[lr], **{name: self.tried(arm, lr, name) for name in variants}}
         return lr, max(by_variant, key=by_variant.get)
 
 

@@ -17,6 +17,7 @@ from .images import Images
 from .recipe import Views
 
 Stage = int | str  # an index into feature_info, or "pooled"
+PLACES = 2**32  # what the seed of windows of long pictures is beyond that of views
 DELAY = 3  # seconds until a pass over images has a progress bar
 GATHERED = 2**24  # values that processes send each other at once
 CACHED, LEAST = 2**18, 16  # px that a core of a CPU passes forward at once, since maps of more leave its caches; images
@@ -28,7 +29,7 @@ def features(network: nn.Module, images: Tensor, stages: Iterable[int]) -> dict[
     The network must be in evaluation mode for these to be the features that records speak of.
     """
     stages = list(stages)
-    final, maps = network.forward_intermediates(images, indices=stages, norm=False)
+    final, maps = network.forward_intermediates(images, indices=stages, norm=False, stop_early=False)
     result: dict[Stage, Tensor] = {stage: level.flatten(2).mean(2) for stage, level in zip(stages, maps, strict=True)}
     result["pooled"] = network.forward_head(final)
     return result
@@ -56,10 +57,12 @@ def plain_batch(
     return views.normalize(view(batch) if view else batch, mean, std)
 
 
-def random_batch(images: Images, indices: Tensor, device: torch.device, kind: Views, draws: views.Draws) -> Tensor:
-    """A random view of each image, normalised, on the device."""
+def random_batch(
+    images: Images, indices: Tensor, device: torch.device, kind: Views, draws: views.Draws, places: views.Draws
+) -> Tensor:
+    """A random view of each image, normalised, on the device; `places` are those of windows of long pictures."""
     mean, std = (torch.tensor(x, device=device) for x in (images.mean, images.std))
-    whole, sizes = images.pixels.windows(indices, draws.uniform)
+    whole, sizes = images.pixels.windows(indices, places.uniform)
     return views.normalize(views.random_views(kind, whole.to(device), sizes, draws, images.size), mean, std)
 
 
@@ -117,8 +120,9 @@ def batches(
                 if random is None:
                     batch = plain_batch(images, indices[start:stop], device, view)
                 else:
-                    draws = views.Draws(random[1] + block // batch_size, batch_size, start - block, stop - block)
-                    batch = random_batch(images, indices[start:stop], device, random[0], draws)
+                    seed, rows = random[1] + block // batch_size, (batch_size, start - block, stop - block)
+                    draws, places = (views.Draws(number, *rows) for number in (seed, PLACES + seed))
+                    batch = random_batch(images, indices[start:stop], device, random[0], draws, places)
                 with torch.autocast(device.type, enabled=False):
                     found = features(network, batch, stages) if stages else {"pooled": network(batch)}
                 yield start - first, {stage: rows.float().cpu() for stage, rows in found.items()}

@@ -204,8 +204,8 @@ def train(
         saved.load_task(task)
         if step > first:
             saved.load_optimizer(optimizer)
-            if accelerator.scaler:
-                accelerator.scaler.load_state_dict(saved.state["scaler"])
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(saved.state["scaler"])
     model, optimizer = accelerator.prepare(task, optimizer)
     warmup = min(round(schedule.warmup * epoch_steps), (total - begin) // 10)
     log, bar, window = Log(context, key, step), _bar(context, key, step, total), Window(context)

@@ -16,7 +16,8 @@ LARGE = 7  # side of a depthwise kernel from which on maps are better contiguous
 def forward_flops(network: nn.Module, size: int) -> float:
     """Floating-point operations of one image's forward pass, a multiply-add counting two."""
     device = next(network.parameters()).device
-    with evaluating(network), torch.no_grad(), counting_flops() as counter:
+    # With gradients, which the counter's hooks ask for behind attention that pools.
+    with evaluating(network), torch.enable_grad(), counting_flops() as counter:
         network(torch.zeros(1, 3, size, size, device=device))
     return float(counter.get_total_flops())
 

@@ -1,5 +1,6 @@
 """What each phase takes of memory at its peak; what cannot fit is refused before anything is trained."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from .files import Refused
 from .images import Images
 from .memory import free_memory
 from .operations import passes
-from .recipe import Recipe, Schedule
+from .recipe import Recipe, Relearn, Schedule
+from .task import mlp, pooled_size
 
 FLOAT = torch.float32.itemsize
 SPARE = 1.25  # of what autograd keeps: the backward pass's own maps, and the allocator's gaps
@@ -78,6 +80,22 @@ def side_of(accelerator: Accelerator) -> str:
     return "host" if accelerator.device.type == "cpu" else "device"
 
 
+def held(task: nn.Module, schedule: Schedule) -> float:
+    """Bytes of a task's weights and buffers, and of the gradients and averages of what learns."""
+    averages = 2 if get_optimizer_info(schedule.optimizer).has_betas else bool(schedule.momentum)
+    learns = sum(p.nbytes for p in task.parameters() if p.requires_grad)
+    return (1 + averages) * learns + sum(tensor.nbytes for tensor in (*task.parameters(), *task.buffers()))
+
+
+def relearned(settings: Relearn, clusters: list[int], network: nn.Module, size: int) -> nn.Module:
+    """The network, its disposable MLP and a head for each clustering, as phase 3 learns them, the last two unfilled."""
+    with torch.device("meta"):
+        blocks, width = mlp(pooled_size(network, size), settings.mlp_dim, settings.mlp_layers)
+        heads = [nn.Linear(width, k) for k in clusters]
+    average = [copy.deepcopy(network).requires_grad_(False)] if settings.ema else []
+    return nn.ModuleList([network, blocks, *heads, *average])
+
+
 def step(
     phase: str,
     schedule: Schedule,
@@ -87,6 +105,7 @@ def step(
     accelerator: Accelerator,
     views: float = 1.0,
     whole_batch: bool = False,
+    task: nn.Module | None = None,
 ) -> Peak:
     """The peak of a training step.
 
@@ -99,17 +118,16 @@ def step(
         accelerator: tells the processes and the device.
         views: of an image.
         whole_batch: the task needs all images of a micro-batch at once.
+        task: the network with its heads and whatever else the task keeps; without one the network alone.
     """
     processes, prefix = accelerator.num_processes, f"{phase}." if phase else ""
-    weights = sum(p.nbytes for p in network.parameters())
-    info = get_optimizer_info(schedule.optimizer)
-    copies = 2 + (2 if info.has_betas else bool(schedule.momentum)) + bool(schedule.ema)
+    weights = held(task or network, schedule)
     view = views * (SPARE * kept(network, images.size, precision) + picture_bytes(images))
     share = schedule.batch_size // processes
     rows = share // schedule.accumulate
 
     def bytes_of(rows: int) -> float:
-        return copies * weights + rows * view
+        return weights + rows * view
 
     def advice(free: float) -> str:
         smaller = [n for n in range(1, rows) if rows % n == 0 and bytes_of(n) <= free]
@@ -138,9 +156,11 @@ def peaks(
     found.append(Peak(f"features: a pass of {rows} images", side_of(accelerator), BLOCKS + rows * forward, passing))
     if recipe.proxy.epochs:
         whole, seen = proxies.find(recipe.proxy.name).whole_batch, proxies.seen(recipe.proxy, network, size)
-        found.append(step("proxy", recipe.proxy, network, train, recipe.precision, accelerator, seen, whole))
+        task = proxies.build(recipe.proxy, copy.deepcopy(network), train)
+        found.append(step("proxy", recipe.proxy, network, train, recipe.precision, accelerator, seen, whole, task))
     if recipe.relearn.rounds:
-        found.append(step("relearn", recipe.relearn, network, train, recipe.precision, accelerator))
+        task = relearned(recipe.relearn, recipe.clusters.k, network, size)
+        found.append(step("relearn", recipe.relearn, network, train, recipe.precision, accelerator, task=task))
         width = recipe.clusters.whiten or max(info["num_chs"] for info in network.feature_info)
         count = len(train.all) / processes
 

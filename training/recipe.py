@@ -23,7 +23,7 @@ from .limits import (
     OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
-    Restarts,
+    Several,
     Stage,
 )
 
@@ -199,7 +199,7 @@ class Clusters:
     """Power of its standard deviation that each dimension is divided by: 1 makes all equal, 0 leaves the spectrum."""
     k: list[PositiveInt] = field(default_factory=lambda: [1000, 3000, 10000])
     """Numbers of clusters, a clustering each."""
-    restarts: Restarts = 2
+    restarts: Several = 2
     """Runs of k-means, the best of which counts; at least 2, which also tells how much the seed matters."""
     iterations: PositiveInt = 50
     """Most iterations of a run of k-means."""

@@ -17,6 +17,7 @@ from torch import nn
 from . import arms, clusters, images, longer, peaks, proxies, records, relearn, report
 from . import backbone as B
 from .batches import draw_batch
+from .checkpoints import can_be_kept
 from .evaluate import parts_of
 from .extraction import plain_batch
 from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, refuse_other, write_json, write_text
@@ -318,9 +319,14 @@ def check_fits(schedule: Schedule, images: int, processes: int, prefix: str = ""
     if get_optimizer_info(schedule.optimizer).second_order:
         raise Refused(f"{prefix}optimizer: {schedule.optimizer} needs second derivatives, which no step here takes.")
     try:
-        create_optimizer_v2([nn.Parameter(torch.zeros(1))], schedule.optimizer, lr=schedule.lr)
+        weight = nn.Parameter(torch.zeros(2, 2))
+        optimizer = create_optimizer_v2([weight], schedule.optimizer, lr=schedule.lr)
+        weight.grad = torch.ones(2, 2)
+        optimizer.step()
     except Exception as error:  # of a package that is missing, or a device
         raise Refused(f"{prefix}optimizer: {schedule.optimizer} cannot be had here: {error}.") from error
+    if not can_be_kept(optimizer):
+        raise Refused(f"{prefix}optimizer: checkpoints cannot hold what {schedule.optimizer} remembers.")
     if schedule.batch_size % (processes * schedule.accumulate):
         raise Refused(
             f"{prefix}batch_size: {schedule.batch_size} images cannot be shared evenly by {processes} processes of "

@@ -94,6 +94,8 @@ def check(proxy: recipe.Proxy) -> None:
     for name in task.asked:
         if proxy.epochs and getattr(proxy.views, name):
             raise Refused(f"proxy.views.{name}: {proxy.name} asks about it, so that its views must not; set it to 0.")
+    if proxy.mlp_layers and not task.pooled:
+        raise Refused(f"proxy.mlp_layers: {proxy.name} reads maps, behind which there is no MLP; set it to 0.")
     if task.whole_batch and proxy.accumulate > 1:
         raise Refused(f"proxy.accumulate: the loss of {proxy.name} needs a step's images at once; set it to 1.")
 

@@ -14,7 +14,7 @@ from ..launch import gather_rows
 from ..limits import PositiveFloat, PositiveInt
 from ..task import Batch, full
 from .proxy import Proxy
-from .simclr import strong_views
+from .simclr import published_pair, strong_views
 
 
 class BarlowTwins(Proxy):
@@ -22,7 +22,7 @@ class BarlowTwins(Proxy):
 
     whole_batch = True
     defaults = {
-        "views": strong_views(),
+        "views": strong_views(blur=1.0, solarize=0.2),
         "optimizer": "lars", "lr": 0.2, "weight_decay": 1e-6, "warmup": 10.0, "mlp_layers": 2, "mlp_dim": 8192,
     }  # fmt: skip
 
@@ -40,13 +40,14 @@ class BarlowTwins(Proxy):
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
         self.weight, self.head = options.weight, nn.Linear(self.width, options.dim, bias=False)
+        self.views, self.other_views = published_pair(self.views)
 
     @staticmethod
     def seen(options: Options, backbone: nn.Module, size: int) -> float:
         return 2.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        both = torch.cat([self.see(batch), self.see(batch)])
+        both = torch.cat([self.see(batch), self.see(batch, self.other_views)])
         one, other = (gather_rows(rows) for rows in full(self.head(self.embed(both))).chunk(2))
         return barlow_twins(one, other, self.weight)
 

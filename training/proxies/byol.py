@@ -4,7 +4,6 @@ Invariant to its views, so that nothing is left to average over. No image is tol
 collapsing is the predictor and the average.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -18,14 +17,14 @@ from ..images import Images
 from ..limits import BelowOne, PositiveInt
 from ..task import Batch, full, mlp
 from .proxy import Proxy
-from .simclr import strong_views
+from .simclr import published_pair, strong_views
 
 
 class BYOL(Proxy):
     """Mean squared error of unit predictions and unit targets, eq. 2 of the paper, both ways round."""
 
     defaults = {
-        "views": strong_views(blur=1.0),
+        "views": strong_views(blur=1.0, solarize=0.2),
         "optimizer": "lars", "lr": 0.2, "weight_decay": 1.5e-6, "warmup": 10.0, "mlp_layers": 1, "mlp_dim": 4096,
     }  # fmt: skip
 
@@ -45,8 +44,7 @@ class BYOL(Proxy):
         self.momentum, self.head = options.momentum, nn.Linear(self.width, options.dim)
         predictor, width = mlp(options.dim, proxy.mlp_dim, 1)
         self.predictor = nn.Sequential(predictor, nn.Linear(width, options.dim))
-        # The published pair: one view is always blurred, the other seldom, and sometimes solarised.
-        self.other_views = dataclasses.replace(self.views, blur=0.1 * self.views.blur, solarize=0.2)
+        self.views, self.other_views = published_pair(self.views)
         self.target = ModelEmaV3(self._encoder(), decay=options.momentum)
         self.target.requires_grad_(False)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import recipe, views
 from ..files import Refused
 from ..images import Images
-from ..limits import BelowOne, PositiveInt
+from ..limits import BelowOne, PositiveInt, Several
 from ..recipe import Views
 from ..task import Batch, accuracy, full
 from .proxy import Proxy
@@ -68,7 +68,7 @@ class Tiles(Proxy):
     class Options:
         """Tiles of an image"""
 
-        grid: PositiveInt = 3
+        grid: Several = 3
         """Cells along each side of an image."""
         gap: BelowOne = 0.15
         """Share of a cell's side that no tile has; tiles lie at random places in their cells."""

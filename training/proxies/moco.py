@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from .. import backbone as B
 from .. import recipe
 from ..images import Images
 from ..limits import BelowOne, PositiveFloat, PositiveInt
@@ -28,7 +29,7 @@ class MoCo(Proxy):
     """
 
     defaults = {
-        "views": strong_views(saturation=0.4),
+        "views": strong_views(crop_scale=(0.2, 1.0), saturation=0.4),
         "lr": 0.03,
         "weight_decay": 1e-4,
         "mlp_layers": 1,
@@ -83,5 +84,6 @@ class MoCo(Proxy):
     def after_step(self, step: int, total: int) -> None:
         super().after_step(step, total)
         self.keys.update(self._encoder())
+        B.unite_norms(self.keys.module)  # keys are made with its statistics, which each process has of its own images
         self.queue.push(torch.cat(self.made))
         self.made = []

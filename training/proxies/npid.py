@@ -23,7 +23,7 @@ from .proxy import Proxy
 class NPID(Proxy):
     """Non-parametric softmax over a bank of features (eq. 2), or its noise-contrastive estimate (eq. 5 to 8)."""
 
-    defaults = {"views": Views(crop_scale=(0.2, 1.0)), "lr": 0.03, "weight_decay": 1e-4}
+    defaults = {"views": Views(crop_scale=(0.2, 1.0), jitter=1.0, hue=0.4), "lr": 0.03, "weight_decay": 1e-4}
 
     @dataclass
     class Options:

@@ -21,6 +21,7 @@ class Proxy(BackboneTask):
         defaults: fields of recipe.proxy for photographs, as published, where they are not recipe.Proxy's own.
         asked: fields of its views that change the answer to what it asks, and must be 0.
         specific: what its features are specific to, as cards and reports say it; None where nothing is known.
+        pooled: it reads pooled features, behind a disposable MLP if proxy.mlp_layers has one.
         metric: which of its metrics tells how well it is solved, the higher the better.
         chance: what that metric is for who learned nothing.
     """
@@ -28,6 +29,7 @@ class Proxy(BackboneTask):
     defaults: ClassVar[dict[str, Any]] = {}
     asked: ClassVar[tuple[str, ...]] = ()
     specific: ClassVar[str | None] = None
+    pooled: ClassVar[bool] = True
     metric: ClassVar[str] = "accuracy"
     chance: float = 0.0
 

@@ -3,7 +3,9 @@
 Invariant to its views, so that nothing is left to average over. Its features are specific to single images.
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,15 @@ from ..task import Batch, full
 from .proxy import Proxy
 
 
-def strong_views(**changes: float) -> Views:
+def strong_views(**changes: Any) -> Views:
     """Views as contrastive tasks were published with: crop, flip, strong colour, blur."""
     colour = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     return Views(**{"crop_scale": (0.08, 1.0), **colour, "grey": 0.2, "blur": 0.5, **changes})
+
+
+def published_pair(views: Views) -> tuple[Views, Views]:
+    """BYOL's views: one is always blurred, the other seldom, and sometimes solarised."""
+    return dataclasses.replace(views, solarize=0.0), dataclasses.replace(views, blur=0.1 * views.blur)
 
 
 class SimCLR(Proxy):

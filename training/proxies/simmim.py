@@ -40,6 +40,7 @@ class SimMIM(Proxy):
         """Share of an image's patches that is masked."""
 
     metric = "explained"
+    pooled = False
 
     def __init__(self, backbone: nn.Module, proxy: recipe.Proxy, images: Images, options: Options) -> None:
         super().__init__(backbone, proxy, images, options)
@@ -56,13 +57,14 @@ class SimMIM(Proxy):
 
     def _map(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The last map [B, C, h, w], and the pooled features."""
-        final, maps = self.network.forward_intermediates(images, indices=1, norm=True)
+        final, maps = self.network.forward_intermediates(images, indices=1, norm=True, stop_early=False)
         return maps[-1], self.network.forward_head(final)
 
     def mask(self, batch: Batch) -> Tensor:
         """[B, 1, S, S] bool, the same share of the patches of every image."""
         along = -(-self.size // self.patch)
-        chosen = batch.draws.uniform(along**2).argsort(1).argsort(1) < round(self.ratio * along**2)
+        count = max(1, round(self.ratio * along**2))
+        chosen = batch.draws.uniform(along**2).argsort(1).argsort(1) < count
         grown = chosen.view(-1, 1, along, along).repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
         return grown[:, :, : self.size, : self.size].to(self.token.device)
 
