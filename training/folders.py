@@ -175,8 +175,10 @@ def read(roots: list[str], trees: list[Tree], data: Data) -> tuple[dict[str, Fol
                     used.add(file)
         else:
             for place in tree.metadata:
-                column = _add_metadata(root, place, files, data.label_column, listed, missing)
-                told = told or column
+                known, absent = _metadata(root, place, files, data.label_column)
+                told = told or known is not None
+                listed |= known or {}
+                missing += absent
         for split, prefix in prefixes.items():
             rest = split == training_split(prefixes)
             absent = [path for path in missing if path.startswith(prefix) or (rest and not path.startswith(inside))]
@@ -245,32 +247,33 @@ def splits_of(root: str, tree: Tree, data: Data) -> tuple[dict[str, str], str]:
     return whole
 
 
-def _add_metadata(
-    root: str, place: str, files: dict[str, str], column: str | None, listed: dict[str, str | None], missing: list[str]
-) -> bool:
-    """Add the labels of images that a metadata file lists, and what it lists that is not there.
+def _metadata(
+    root: str, place: str, files: dict[str, str], column: str | None
+) -> tuple[dict[str, str | None] | None, list[str]]:
+    """What a metadata file tells of images: their labels, and what it lists that is not there.
 
     Args:
         root: the folder.
         place: the file's path in it.
         files: path in it of each image, by absolute path.
         column: of labels, if it was asked for.
-        listed, missing: what is added to, both by path in the folder.
 
     Returns:
-        Whether it has a column of labels.
+        Labels by path in the folder, None without a column of them; and paths in the folder.
     """
     table = labels.metadata(os.path.join(root, place), column)
     if table is None:
-        return False
+        return None, []
+    known: dict[str, str | None] = {}
+    missing: list[str] = []
     folder = os.path.join(root, os.path.dirname(place))
     for name, label in table.labels.items():
         path = table.find(name, (folder,), files)
         if path is None:
             missing.append(os.path.relpath(os.path.join(folder, unescape(name)), root))
-        elif table.column:
-            listed[files[path]] = label
-    return table.column is not None
+        else:
+            known[files[path]] = label
+    return (known if table.column else None), missing
 
 
 def _add_absent(table: labels.Table, absent: list[str], result: dict[str, FolderSource]) -> None:

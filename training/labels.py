@@ -47,7 +47,7 @@ def metadata(file: str, column: str | None) -> Table | None:
         Refused: it cannot be read, or gives a file two labels.
     """
     rows = _rows(file)
-    columns = columns_of(rows)
+    columns = _columns(rows)
     if "file_name" not in columns:
         return None
     label = label_column(columns, column)
@@ -69,7 +69,7 @@ def given(file: str, column: str | None) -> Table:
     rows = _rows(file)
     if not rows:
         raise Refused(f"data.labels: {file} has no rows.")
-    columns = columns_of(rows)
+    columns = _columns(rows)
     if column and column not in columns:
         raise Refused(f"data.label_column: {file} has no column {column!r}; it has {', '.join(columns)}.")
     files, label = _among(FILE_COLUMNS, columns), label_column(columns, column)
@@ -83,7 +83,7 @@ def given(file: str, column: str | None) -> Table:
     return Table(file, _labels(f"data.labels: {file}", rows, files, label), label)
 
 
-def columns_of(rows: Rows) -> list[str]:
+def _columns(rows: Rows) -> list[str]:
     """The columns that any row has, in order."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
