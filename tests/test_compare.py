@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT, TINY_RUN, call
+from training import __main__ as training
 from training import arms as A
 from training import command, compare, contrast, launch, records, run
 from training.files import Diverged, read_json, write_json, write_lines
@@ -64,6 +65,25 @@ def test_every_arm_and_seed_has_its_records_and_budget(finished):
     flops = {r["arm"]: r["flops"] for r in final}
     assert flops["sslpp"] < flops["scratch"]  # a frozen low part needs no backward pass
     assert flops["random"] == 0
+
+
+def test_the_runs_that_time_is_told_for_are_those_that_are_done(finished, monkeypatch):
+    folder, done = finished
+    assert "; training takes about " in done.stdout
+    planned = []
+
+    def stop(this, arms, seeds):
+        planned.extend(made.run for made in plan(this, arms, seeds))
+        raise KeyboardInterrupt
+
+    plan = compare.Comparison.planned
+    monkeypatch.setattr(compare.Comparison, "planned", stop)
+    assert call(compare.main, "--config", folder / "recipe.yaml", *TINY[-6:]).returncode == 130
+    runs = {str(path.parent) for path in [*folder.glob("seed_*/*/recipe.yaml"), *folder.glob("grid/*/recipe.yaml")]}
+    # What is chosen by the first seed was run with it, and taken from there; rates beyond the grid are not foreseen.
+    rest = {run for run in runs - set(planned) if not re.search(r"grid/\w+\.x(0\.25|16)$", run)}
+    assert {run.split("/seed_0/")[-1] for run in rest} == {"proxy", "scratch", "keep_high", "sslpp"}
+    assert {run for run in set(planned) - runs if "x1.strong" not in run and "x1.mlp" not in run} == set()
 
 
 def test_the_card_of_sslpp_shows_its_controls(finished):
@@ -265,3 +285,28 @@ def test_an_arm_that_cannot_be_run_is_refused_before_any_other(picture_folder, t
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "arm supervised: clusters.source" in done.stderr
     assert not list(tmp_path.glob("x/seed_*"))
+
+
+def test_the_recipe_of_a_run_is_one_of_a_comparison_too_which_has_seeds_of_its_own(finished, picture_folder, tmp_path):
+    folder, _ = finished
+    assert "seed: 0" in (folder / "recipe.yaml").read_text()
+    own = ["--data.path", picture_folder, "--run", tmp_path / "again"]
+    done = call(compare.main, "--config", folder / "recipe.yaml", "--arms", "[random]", "--seeds", "[3]", *own)
+    assert done.returncode == 0, done.stderr
+    assert {r["seed"] for r in records.read(tmp_path / "again" / "records.jsonl")} == {3}
+    done = call(compare.main, *TINY, "--seed", "1", *own)
+    assert (done.returncode, done.stderr) == (2, "error: --seed: a comparison has --seeds, a list such as [0, 1].\n")
+
+
+def test_a_folder_of_another_command_is_left_as_it_is(finished, picture_folder, tmp_path):
+    folder = tmp_path / "whole"
+    shutil.copytree(finished[0], folder)
+    runs = {"a run": folder / "seed_0" / "keep_high", "a comparison": folder}
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for made, place in runs.items():
+        main, kind = (compare.main, "a comparison") if made == "a run" else (training.main, "a run")
+        tiny = TINY if made == "a run" else TINY_RUN
+        done = call(main, *tiny, "--data.path", picture_folder, "--run", place)
+        said = f"error: {place} holds {made}, and this would be {kind}; choose another --run.\n"
+        assert (done.returncode, done.stderr) == (2, said)
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before

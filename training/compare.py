@@ -6,10 +6,10 @@ seeds can be added later.
 """
 
 import copy
-import functools
 import math
 import shutil
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from jsonargparse import Namespace
 
 from . import arms as A
 from . import backbone as B
-from . import launch, peaks, proxies, records, report, setup, verdict
-from .command import Parser, from_values, guarded, parser
-from .files import Diverged, Refused, lock_folder, nothing_left, whole_folder, write_text
+from . import costs, launch, peaks, proxies, records, report, setup, verdict
+from .command import Parser, asked, from_values, guarded, parser
+from .files import Diverged, Refused, lock_folder, nothing_left, refuse_kind, whole_folder, write_text
 from .limits import NonNegativeInt, PositiveFloat
 from .loop import Context
 from .recipe import Recipe, to_yaml
@@ -37,7 +37,10 @@ ABOUT = "Compare SSL++ with its controls at an equal budget."
 
 def command(arguments: Sequence[str], prog: str = "python -m training.compare", about: str = ABOUT) -> Parser:
     """The command line of a comparison."""
+    if list(asked(arguments, "--seed")):
+        raise Refused("--seed: a comparison has --seeds, a list such as [0, 1].")
     made = parser(arguments, prog, about, skip={"seed"})
+    made.add_argument("--seed", default=0, type=NonNegativeInt, help=SUPPRESS)  # of the recipe of a run, which has one
     usual = [arm for arm in A.ARMS if arm != "other_proxy"]
     made.add_argument("--arms", type=list[str], default=usual, help="Arms to compare.")
     made.add_argument("--other_proxy", help="The task of the arm other_proxy, a file of training/proxies.")
@@ -53,9 +56,9 @@ def main(arguments: Sequence[str], **defaults: Any) -> None:
     """The command; `defaults` are other values of its options."""
     made = command(arguments)
     made.set_defaults(defaults)
-    asked = request(made.read(arguments), made)
+    requested = request(made.read(arguments), made)
     with launch.StopSignals() as stop:
-        compare(**asked, stop=stop)
+        compare(**requested, stop=stop)
 
 
 def request(values: Namespace, made: Parser) -> dict[str, Any]:
@@ -72,6 +75,7 @@ def request(values: Namespace, made: Parser) -> dict[str, Any]:
             raise Refused(f"--arms: there is no arm {arm!r}; there are {', '.join(A.ARMS)}.")
     if not arms or not seeds or not grid:
         raise Refused("--arms, --seeds and --grid need at least one value each.")
+    del values["seed"]
     recipe, arms = from_values(values, made), [a for a in A.ARMS if a in arms]
     seeds, grid = list(dict.fromkeys(seeds)), list(dict.fromkeys(grid))
     return {"recipe": recipe, "arms": arms, "seeds": seeds, "grid": grid, "other": other}
@@ -130,6 +134,20 @@ class Comparison:
         run(made, self.context.stop, read, arm, self.folder / f"seed_{seed}" / "shared")
         return [r for r in records.read(folder / "records.jsonl") if r["arm"] == arm]
 
+    def planned(self, arms: list[str], seeds: list[int]) -> list[Recipe]:
+        """The recipes of all runs, but for rates beyond the grid."""
+        made = []
+        for arm in arms:
+            tried = [] if arm in A.UNTUNED or len(self.grid) == 1 else [(lr, None) for lr in self.grid]
+            if tried and arm == "proxy":
+                tried += [(1.0, variant) for variant in A.variants(self.recipe.proxy)]
+            places = [(self.grid_folder(arm, *one), GRID_SEED, *one) for one in tried]
+            # What is chosen by the first seed was run with it.
+            rest = [seed for seed in seeds if not (tried and seed == GRID_SEED)]
+            places += [(self.folder / f"seed_{seed}" / arm, seed, self.grid[0], None) for seed in rest]
+            made += [self.recipe_of(place, arm, *setting) for place, *setting in places]
+        return made
+
     def tried(self, arm: str, lr: float, variant: str | None) -> float:
         """Pooled linear accuracy on the held-out part of an arm with a setting, which the records keep."""
         try:
@@ -186,11 +204,11 @@ def compare(
     accelerator = launch.start(recipe.precision, None, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     with nothing_left(folder):
+        refuse_kind(folder, "a comparison")
         lock = lock_folder(folder) if context.main else None
         read = setup.load_images(recipe, network, context)
         train = read[0][0]
-        seen = functools.partial(proxies.seen, backbone=network, size=recipe.data.size)
-        counts = A.Counts(len(train.train), len(train.all), seen, other)
+        counts = costs.counts(recipe, train, network, other)
         for arm in arms:
             try:
                 setup.refuse(A.build(arm, recipe, counts), train, network, accelerator)
@@ -202,7 +220,8 @@ def compare(
     if context.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     this = Comparison(recipe, folder, grid, counts, read, context)
-    context.say(f"{len(arms)} arms, seeds {seeds}, {round(A.budget(recipe, counts)):,} images each")
+    time = costs.told(this.planned(arms, seeds), 1, counts, read[0], network, accelerator)
+    context.say(f"{len(arms)} arms, seeds {seeds}, {round(A.budget(recipe, counts)):,} images each; {time}")
     for arm in arms:
         lr, variant = this.choose(arm)
         for seed in seeds:

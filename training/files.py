@@ -198,6 +198,21 @@ def refuse_files(folder: Path, names: Collection[str]) -> None:
             raise Refused(f"{path} is a file, where a run has a folder; move it away, or choose another --run.")
 
 
+# What tells by which command a folder was made.
+KINDS = {"a run": "proxy", "a comparison": "seed_*", "a fine-tuned classifier": "finetune.json"}
+
+
+def refuse_kind(folder: Path, kind: str) -> None:
+    """Refuse a folder that another command made than one of this kind.
+
+    Raises:
+        Refused: naming what it holds.
+    """
+    for other, name in KINDS.items():
+        if other != kind and any(folder.glob(name)):
+            raise Refused(f"{folder} holds {other}, and this would be {kind}; choose another --run.")
+
+
 def refuse_out(path: Path) -> None:
     """Refuse a file that could not be written once all is done.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone as B
-from . import config, inputs, launch, longer, peaks, records, report
+from . import config, costs, inputs, launch, longer, peaks, records, report
 from .classifier import Classify, Finetune, head_names
 from .command import (
     NO_STATISTICS,
@@ -31,6 +31,7 @@ from .files import (
     nothing_left,
     read_json,
     refuse_files,
+    refuse_kind,
     refuse_other,
     sha256_json,
     since_ever,
@@ -94,6 +95,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     accelerator = launch.start(precision, settings.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, settings.log.every, settings.checkpoint_every)
     with nothing_left(folder):
+        refuse_kind(folder, "a fine-tuned classifier")
         refuse_files(folder, ("checkpoints", "best", "last"))
         lock = lock_folder(folder) if context.main else None
         splits, indices = load_images(network, settings, context)
@@ -118,10 +120,13 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     accelerator.init_trackers("sslpp", {})
     context.say(report.splits_line(splits["train"].account))
     classes = len(splits["train"].label_names)
+    view = costs.seconds_of_view(network, splits["train"], [settings], accelerator)
+    views = settings.epochs * (len(indices) + len(splits["train"].val) / 3)  # each epoch looks at what is held out
     context.say(
         f"{records.device_name(accelerator.device.type)}; {precision}; processes {accelerator.num_processes}; threads "
         f"{torch.get_num_threads()}; batch {settings.batch_size}; {len(indices)} labels of {classes} classes; images "
-        f"at {splits['train'].size} px, as the model expects them; {folder}"
+        f"at {splits['train'].size} px, as the model expects them; training takes about "
+        f"{costs.duration(views * view)}; {folder}"
     )
     context.say(needs)
     seed_all(key.number("head"))

@@ -3,9 +3,7 @@
 import copy
 import dataclasses
 import re
-import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -14,13 +12,21 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
-from . import arms, clusters, images, longer, peaks, proxies, records, relearn, report
 from . import backbone as B
+from . import clusters, costs, images, longer, peaks, proxies, records, relearn, report
 from .batches import draw_batch
 from .checkpoints import can_be_kept
-from .evaluate import parts_of
-from .extraction import plain_batch
-from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, refuse_other, write_json, write_text
+from .files import (
+    Refused,
+    lock_folder,
+    nothing_left,
+    read_json,
+    refuse_files,
+    refuse_kind,
+    refuse_other,
+    write_json,
+    write_text,
+)
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
@@ -120,6 +126,7 @@ def prepare(
     if recipe.clusters.stage != "auto":
         B.resolve_stage(network, recipe.clusters.stage, "clusters.stage")
     rounds = (f"round_{number}" for number in range(1, recipe.relearn.rounds + 1))
+    refuse_kind(folder, "a run")
     refuse_files(folder, ("checkpoints", "proxy", "report", "hub", *rounds))
     going_on: list[Path] = []
     for marker in folder.glob("*/*.json"):
@@ -348,55 +355,19 @@ def tell(context: Context, train: Images, network: nn.Module) -> None:
 
 def _announce(run: Run, network: nn.Module) -> None:
     """A line each: what splits are for, what of the network is useless, what runs where, for how long, on what disk."""
-    recipe, processes = run.recipe, run.accelerator.num_processes
-    tell(run.context, run.train, network)
-    seen, rounds = partial(proxies.seen, backbone=network, size=recipe.data.size), range(1, recipe.relearn.rounds + 1)
-    counts = arms.Counts(len(run.train.train), len(run.train.all), seen)
-    views = arms.images_of(recipe.proxy, counts) + len(rounds) * arms.images_of(recipe.relearn, counts)
-    passed = sum(arms.clustering_images(recipe, counts, number) for number in rounds) + _measured(run)
-    trained = [s for s in (recipe.proxy, *[recipe.relearn] * len(rounds)) if s.epochs]
-    rows = min(s.batch_size // (processes * s.accumulate) for s in trained) if views else 64
-    batch = ", ".join(str(size) for size in dict.fromkeys(s.batch_size for s in trained)) or "none"
-    rows = min(rows, 16 if run.accelerator.device.type == "cpu" else 64)  # a GPU is not busy with fewer
-    view = _seconds_of_a_view(run, run.on_device(network).train(), rows) / processes
+    recipe, train, processes = run.recipe, run.train, run.accelerator.num_processes
+    tell(run.context, train, network)
+    schedules = (recipe.proxy, *[recipe.relearn] * min(1, recipe.relearn.rounds))
+    batch = ", ".join(str(size) for size in dict.fromkeys(s.batch_size for s in schedules if s.epochs)) or "none"
+    backbones = 2 + recipe.relearn.rounds  # the untrained network, and after each phase
+    counted, splits = costs.counts(recipe, train, network), (train, run.test)
+    time = costs.told([recipe], backbones, counted, splits, network, run.accelerator)
     weights = sum(p.nbytes for p in network.parameters())
     # proxy, rounds and hub hold the weights once; two checkpoints hold weights and momentum, perhaps an average.
-    disk = weights * (2 + recipe.relearn.rounds + 2 * 3) + (run.train.pixels.nbytes if processes > 1 else 0)
+    disk = weights * (2 + recipe.relearn.rounds + 2 * 3) + (train.pixels.nbytes if processes > 1 else 0)
     run.context.say(
         f"{records.device_name(run.accelerator.device.type)}; {recipe.precision}; processes {processes}; "
-        f"threads {torch.get_num_threads()}; batch {batch}; images {len(run.train.train)} "
-        f"(+ {len(run.train.val)} held out), {round(run.train.pixels.nbytes / 1e6)} MB; training takes about "
-        f"{duration(views * view)}, features for clusters and figures {duration(passed * view)}, and "
+        f"threads {torch.get_num_threads()}; batch {batch}; images {len(train.train)} "
+        f"(+ {len(train.val)} held out), {round(train.pixels.nbytes / 1e6)} MB; {time}, and "
         f"{max(1, round(disk / 1e6))} MB in {run.folder}"
     )
-
-
-def _measured(run: Run) -> float:
-    """Views whose forward and backward pass take as long as all forward passes of evaluation."""
-    settings, turned = run.recipe.evaluate, max(0, len(proxies.residue(run.recipe.proxy)) - 1)
-    parts = [len(indices) for _, indices in parts_of((run.train, run.test), settings).values()]
-    once = sum(parts) + turned * sum(min(part, settings.residue_images) for part in parts)
-    return (2 + run.recipe.relearn.rounds) * once / 3  # the untrained network, and after each phase
-
-
-def _seconds_of_a_view(run: Run, network: nn.Module, rows: int) -> float:
-    """Seconds of a view's forward and backward pass among `rows`, the faster of two after a first."""
-    batch = plain_batch(run.train, run.train.train[:rows], run.accelerator.device)
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        with run.accelerator.autocast():
-            loss = network(batch).float().square().mean()
-        loss.backward()
-        loss.item()
-        times.append(time.perf_counter() - began)
-    return min(times[1:]) / len(batch)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"
