@@ -2,6 +2,7 @@
 
 import shutil
 import textwrap
+from argparse import SUPPRESS
 from collections.abc import Collection, Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -62,7 +63,8 @@ def _width() -> int:
 
 def _shown(action: Any) -> bool:
     """Whether it is an option of its own, and no file for a whole group."""
-    return action.dest not in HIDDEN and type(action).__name__ not in ("_ActionConfigLoad", "_HelpAction")
+    told = action.dest not in HIDDEN and action.help != SUPPRESS
+    return told and type(action).__name__ not in ("_ActionConfigLoad", "_HelpAction")
 
 
 def _lines(parser: ArgumentParser, actions: Collection[Any]) -> Iterator[str]:
