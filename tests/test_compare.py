@@ -17,6 +17,7 @@ from tests.conftest import ROOT, TINY_RUN, call
 from training import __main__ as training
 from training import arms as A
 from training import command, compare, contrast, launch, records, run
+from training.evaluate import __main__ as evaluation
 from training.files import Diverged, read_json, write_json, write_lines
 from training.proxies import __main__ as tasks
 
@@ -299,14 +300,23 @@ def test_the_recipe_of_a_run_is_one_of_a_comparison_too_which_has_seeds_of_its_o
 
 
 def test_a_folder_of_another_command_is_left_as_it_is(finished, picture_folder, tmp_path):
-    folder = tmp_path / "whole"
+    folder = tmp_path / "tasks" / "rotation"
     shutil.copytree(finished[0], folder)
-    runs = {"a run": folder / "seed_0" / "keep_high", "a comparison": folder}
-    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    for made, place in runs.items():
-        main, kind = (compare.main, "a comparison") if made == "a run" else (training.main, "a run")
-        tiny = TINY if made == "a run" else TINY_RUN
-        done = call(main, *tiny, "--data.path", picture_folder, "--run", place)
-        said = f"error: {place} holds {made}, and this would be {kind}; choose another --run.\n"
+    run, together = folder / "seed_0" / "keep_high", "proxy tasks side by side"
+    asked = [
+        (run, "a run", compare, "a comparison"),
+        (folder, "a comparison", training, "a run"),
+        (folder, "a comparison", tasks, together),
+        (tmp_path / "tasks", together, compare, "a comparison"),
+    ]
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    for place, held, module, kind in asked:
+        tiny = TINY_RUN if module is training else TINY
+        done = call(module.main, *tiny, "--data.path", picture_folder, "--run", place)
+        said = f"error: {place} holds {held}, where this would put {kind}; choose another --run.\n"
         assert (done.returncode, done.stderr) == (2, said)
-    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    done = call(evaluation.main, folder, "--data.path", picture_folder)
+    hub = folder / "seed_0" / "sslpp" / "hub"
+    said = f"error: MODEL: {folder} has no config.json; name one of the models in it: {hub}.\n"
+    assert (done.returncode, done.stderr) == (2, said)

@@ -199,7 +199,12 @@ def refuse_files(folder: Path, names: Collection[str]) -> None:
 
 
 # What tells by which command a folder was made.
-KINDS = {"a run": "proxy", "a comparison": "seed_*", "a fine-tuned classifier": "finetune.json"}
+KINDS = {
+    "a run": "proxy",
+    "a comparison": "seed_*",
+    "proxy tasks side by side": "*/seed_*",
+    "a fine-tuned classifier": "finetune.json",
+}
 
 
 def refuse_kind(folder: Path, kind: str) -> None:
@@ -210,7 +215,7 @@ def refuse_kind(folder: Path, kind: str) -> None:
     """
     for other, name in KINDS.items():
         if other != kind and any(folder.glob(name)):
-            raise Refused(f"{folder} holds {other}, and this would be {kind}; choose another --run.")
+            raise Refused(f"{folder} holds {other}, where this would put {kind}; choose another --run.")
 
 
 def refuse_out(path: Path) -> None:

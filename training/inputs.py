@@ -52,7 +52,8 @@ def model(name: str, size: int | None = None, pretrained: bool = True, head: boo
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        inside = ", ".join(str(path.parent) for path in sorted(folder.glob("*/config.json")))
+        found = sorted([*folder.glob("*/config.json"), *folder.glob("seed_*/sslpp/hub/config.json")])
+        inside = ", ".join(str(path.parent) for path in found)
         advice = f"name one of the models in it: {inside}" if inside else "a model's folder has one"
         raise Refused(f"MODEL: {name} has no config.json; {advice}.")
     if "/" in name and ":" not in name and not folder.exists():

@@ -2,7 +2,7 @@
 
 Tables, and a verdict's sentences, stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. ``finetune`` is made
 from ``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it; ``backbones`` from those
-of all the backbones of the package that its pattern matches, ``gains`` from those of all recipes.
+of all the backbones of the package that its pattern matches, ``gains`` and ``controls`` from those of all such recipes.
 """
 
 import re
@@ -84,6 +84,19 @@ def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     return [lines]
 
 
+def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
+    """sslpp less its controls in comparisons of that pattern, pooled features on the test split, in points."""
+    lines = [["sslpp minus", "images", "seeds", "probe", *contrast.CONTROLS]]
+    for path in sorted(configs.glob(f"{pattern}/records.jsonl"), reverse=True):
+        rows = records.read(path)
+        fitted = next(r["settings"]["n"] for r in rows if r["protocol"] == "linear")  # all training images
+        what = [rows[0]["model"], f"{fitted:,}", str(len(contrast.arms_and_seeds(rows)[1]))]
+        for probe in PROBES:
+            lines.append([*what, probe, *contrast.controls(rows, f"{probe.lower()} pooled")])
+            what = [""] * 3
+    return [lines]
+
+
 def of(make: Callable[[contrast.Records], list], file: str = "records.jsonl") -> Callable[[Path, str], list]:
     """A kind of table that is made of one recipe's records."""
     return lambda configs, name: make(records.read(configs / name / file))
@@ -100,6 +113,7 @@ TABLES = {
     "finetune": of(finetune_table, "finetune.jsonl"),
     "backbones": backbones_table,
     "gains": gains_table,
+    "controls": controls_table,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import agreement, charts, compare, contrast, launch, records, report
 from ..command import Parser, guarded
-from ..files import Refused, write_lines, write_text
+from ..files import Refused, refuse_kind, write_lines, write_text
 from . import PROXIES, find
 
 ABOUT = "Compare proxy tasks: is each learned, are its features better than random ones, what does SSL++ add?"
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     for task in tasks:
         find(task, "--tasks")
     folder = Path(compare.request(values, made)["recipe"].run)
+    refuse_kind(folder, "proxy tasks side by side")
     requests = []
     for task in tasks:
         own = with_own(arguments, task)
