@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.conftest import command, write_png
+from tests.conftest import ROOT, command, write_png
 from tests.test_folders import by_path, classes, read, tree
 from training import sources as S
 from training.files import Failed, Refused
@@ -54,6 +56,16 @@ def test_a_file_that_is_no_data_set_is_refused_with_what_to_do(name, content, sa
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Refused, match=said):
         read(tmp_path / name)
+
+
+def test_a_readme_beside_parquet_files_that_is_no_card_is_nothing_to_warn_of(tmp_path):
+    table(tmp_path / "photos" / "train.parquet", ["a", "b"])
+    (tmp_path / "photos" / "README.md").write_text("# Photographs\n")
+    code = "import sys\nfrom training import sources\nfrom training.recipe import Data\n"
+    code += "print(len(sources.read(Data(path=sys.argv[1]))[0]))"
+    run = [sys.executable, "-c", code, str(tmp_path / "photos")]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 def test_an_image_is_read_alone(tmp_path, monkeypatch):

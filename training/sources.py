@@ -1,5 +1,6 @@
 """What ``data.path`` may name: folders of images, what `datasets` reads, or "digits"; and what each split is for."""
 
+import logging
 import os
 import re
 import tarfile
@@ -28,6 +29,7 @@ PATTERN = re.compile(r"[*?\[\]]")  # what `datasets` takes for a pattern in name
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
 datasets.disable_progress_bars()
+logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # the README of a folder need be no card
 
 
 @dataclass
