@@ -110,6 +110,15 @@ def test_random_is_untrained_even_where_the_others_start_from_weights():
     assert A.build("sslpp", base, COUNTS).model.pretrained
 
 
+def test_an_arm_that_a_recipe_is_already_repeats_it():
+    def repeated(**changes):
+        return {arm for arm in A.ARMS if A.repeats(arm, method(**changes), COUNTS)}
+
+    assert repeated() == set()
+    assert repeated(relearn__reinit="none") == {"keep_high"}
+    assert repeated(relearn__reinit="none", relearn__split="-1") == {"keep_high", "finetune_all"}
+
+
 def test_no_arm_keeps_statistics_where_it_starts_anew():
     lent = {"model__pretrained": "true", "proxy__norm": "stored", "relearn__norm": "stored", "relearn__reinit": "none"}
     for arm in A.ARMS:

@@ -299,6 +299,14 @@ def test_the_recipe_of_a_run_is_one_of_a_comparison_too_which_has_seeds_of_its_o
     assert (done.returncode, done.stderr) == (2, "error: --seed: a comparison has --seeds, a list such as [0, 1].\n")
 
 
+def test_an_arm_that_would_repeat_the_method_is_not_run_and_told(picture_folder, tmp_path):
+    arms = ["--arms", "[keep_high,sslpp]", "--seeds", "[0]", "--grid", "[1]", "--relearn.reinit", "none"]
+    done = call(compare.main, *TINY_RUN, *arms, "--data.path", picture_folder, "--run", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "not run: keep_high; by this recipe it is what sslpp is\n1 arms, seeds [0]" in done.stdout
+    assert {r["arm"] for r in records.read(tmp_path / "run" / "records.jsonl")} == {"sslpp"}
+
+
 def test_a_folder_of_another_command_is_left_as_it_is(finished, picture_folder, tmp_path):
     folder = tmp_path / "tasks" / "rotation"
     shutil.copytree(finished[0], folder)

@@ -160,6 +160,11 @@ def supervised(recipe: Recipe, counts: Counts) -> None:
     lengthen(relearn, whole, counts)
 
 
+def repeats(arm: str, recipe: Recipe, counts: Counts) -> bool:
+    """Whether an arm changes nothing of a recipe, as `keep_high` of one that re-initialises nothing."""
+    return arm != "sslpp" and build(arm, recipe, counts) == recipe
+
+
 UNTUNED = ("random", "proxy_short")  # nothing of theirs has a learning rate of its own
 
 

@@ -209,6 +209,8 @@ def compare(
         read = setup.load_images(recipe, network, context)
         train = read[0][0]
         counts = costs.counts(recipe, train, network, other)
+        same = [arm for arm in arms if "sslpp" in arms and A.repeats(arm, recipe, counts)]
+        arms = [arm for arm in arms if arm not in same]
         for arm in arms:
             try:
                 setup.refuse(A.build(arm, recipe, counts), train, network, accelerator)
@@ -217,6 +219,8 @@ def compare(
         needs = peaks.check(recipe, read[0], network, accelerator)
     setup.tell(context, train, network)
     context.say(needs)
+    if same:
+        context.say(f"not run: {', '.join(same)}; by this recipe it is what sslpp is")
     if context.main:
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     this = Comparison(recipe, folder, grid, counts, read, context)
