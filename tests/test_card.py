@@ -135,6 +135,14 @@ def test_it_says_what_the_model_started_from():
         assert ("Here none was" in card.what(made, [], "sslpp")) == bool(rounds)
 
 
+def test_places_of_one_machine_stay_there_and_other_data_sets_are_named():
+    places = ["--data.path", "/home/me/photos", "--run", "/home/me/x", "--data.labels", "/home/me/labels.csv"]
+    assert "were measured on nothing else.\n" in card.limits(command.parse(places))
+    made = command.parse([*places, "--evaluate.transfer", "[/home/me/shoes, org/hats]"])
+    assert "/home/me" not in card.portable(made) + card.limits(made)
+    assert "were measured beside these on shoes and hats.\n" in card.limits(made)
+
+
 def test_controls_are_shown_where_there_were_any():
     row = {"round": 1, "stage": "pooled", "protocol": "linear", "settings": {}, "split": "test", "metric": "top1"}
     cost = {"data": "photos@0", "images_seen": 10, "flops": 1.0, "seconds": 1.0}

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from . import proxies, report, verdict
 from .command import short_name
-from .recipe import Recipe, to_yaml
+from .recipe import Data, Recipe, to_yaml
 
 INDEXED = ("linear", "knn")  # protocols whose pooled figures the model-index has, for a leaderboard to compare
 REPOSITORY = "ORG/NAME"  # stands in the card for the repository, which push fills in
@@ -70,7 +70,8 @@ def page(
 def portable(recipe: Recipe) -> str:
     """The recipe without the places of one machine."""
     here = copy.deepcopy(recipe)
-    here.data.path = here.run = here.card.about = None
+    here.data.path = here.data.labels = here.run = here.card.about = None
+    here.evaluate.transfer = []
     if here.model.name.startswith("local-dir:"):
         here.model.name = "local-dir:FOLDER"
     return to_yaml(here)
@@ -209,7 +210,9 @@ def limits(recipe: Recipe) -> str:
         "other": "The images are for research only, and so are these weights.",
     }.get(recipe.card.license, f"The weights are under {report.plain(recipe.card.license or '')}.")
     images = "the training images" + (" and in those that the given weights were made from" * recipe.model.pretrained)
-    return f"""- The features know what is in {images}, with their biases, and were measured on nothing else.
+    others = [report.plain(Data(path=path).called) for path in recipe.evaluate.transfer]
+    also = f"beside these on {verdict.listed(others)}" if others else "on nothing else"
+    return f"""- The features know what is in {images}, with their biases, and were measured {also}.
 - It was trained and measured at {recipe.data.size} px alone; photographs are shrunk to that, and lose what is small.
 - Split, schedule, number of clusters and labelling are this project's choices, not the paper's.
 - {licence}"""
