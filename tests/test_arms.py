@@ -14,6 +14,7 @@ COUNTS = A.Counts(training=1000, usable=1100, seen=lambda proxy: 1.0, other="rot
 
 def method(**changes):
     arguments = ["--data.path", "digits", "--proxy.epochs", "5", "--relearn.epochs", "7", "--clusters.k", "[30,100,10]"]
+    arguments += ["--relearn.reinit", "high"]
     arguments += ["--proxy.batch_size", "64", "--relearn.batch_size", "48", "--relearn.ema", "0.99"]
     for name, value in changes.items():
         arguments += [f"--{name.replace('__', '.')}", str(value)]

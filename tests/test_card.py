@@ -129,10 +129,10 @@ def test_it_says_what_the_model_started_from():
     assert card.in_words({"channels": [16, 32], "stem_width": 8}) == "channels 16, 32; stem width 8"
     lent = card.what(command.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
     assert "from the weights of resnet50, whatever these were trained on, then from clusters" in lent
-    assert "Here none was" not in own + lent
+    assert "from new weights" not in own + lent
     for rounds in (1, 0):
-        made = command.parse([*base, "--relearn.reinit", "none", "--relearn.rounds", str(rounds)])
-        assert ("Here none was" in card.what(made, [], "sslpp")) == bool(rounds)
+        made = command.parse([*base, "--relearn.reinit", "high", "--relearn.rounds", str(rounds)])
+        assert ("The high ones started from new weights here." in card.what(made, [], "sslpp")) == bool(rounds)
 
 
 def test_places_of_one_machine_stay_there_and_other_data_sets_are_named():

@@ -28,6 +28,8 @@ TINY = [
     "1",
     "--relearn.epochs",
     "1",
+    "--relearn.reinit",
+    "high",
     "--arms",
     ARMS,
     "--seeds",

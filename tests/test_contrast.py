@@ -56,13 +56,6 @@ def test_one_seed_claims_nothing():
     assert told["scratch"] == ["58.0", "+2.0", "one seed", "?"]
 
 
-def test_controls_are_shown_in_one_row_with_an_interval_where_there_is_one():
-    low, high = contrast.interval([2.0, 3.0, 1.0])
-    one = [{**r, "arm": "keep_high"} for r in rows() if (r["arm"], r["seed"]) == ("scratch", 1)]
-    assert contrast.CONTROLS == ("proxy", "scratch", "finetune_all", "keep_high")
-    assert contrast.controls(rows() + one, "linear pooled") == ["", f"+2.0 ({low:+.1f} to {high:+.1f})", "", "+3.0"]
-
-
 def test_what_the_grid_tried_is_no_result():
     tried = [{**r, "variant": "lr x4", "split": "val"} for r in rows() if r["arm"] == "scratch" and r["seed"] == 0]
     lines = [["scratch", "lr x4", "58.0", "yes"]]

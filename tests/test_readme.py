@@ -10,6 +10,7 @@ import timm
 from PIL import Image
 
 from tests.conftest import ROOT
+from tests.test_contrast import rows as compared
 from training import classifier, figures, readme, records
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,6 +91,27 @@ def test_fine_tuned_models_are_told_apart_by_start_and_share_of_labels(tmp_path)
     ]
     figures.fine_tuned(tmp_path / "finetune.png", readme.fine_tuned(rows))
     assert Image.open(tmp_path / "finetune.png").size[0] > 300
+
+
+def test_controls_side_by_side_show_what_seeds_can_tell(tmp_path):
+    own = [{**r, "split": "test", "model": "net"} for r in compared() if r["arm"] != "random"]
+    one = [{**r, "arm": "keep_high"} for r in own if (r["arm"], r["seed"]) == ("scratch", 1)]
+    (tmp_path / "a_1k").mkdir()
+    (tmp_path / "b_1k").mkdir()
+    records.write(tmp_path / "a_1k" / "records.jsonl", own + one)
+    records.write(tmp_path / "b_1k" / "records.jsonl", [{**r, "value": 2 * r["value"]} for r in own if r["seed"] < 2])
+    assert readme.controls_table(tmp_path, "*1k") == [
+        [
+            ["sslpp minus, in points: linear / kNN", "net, 100 images, seeds 2", "net, 100 images, seeds 3"],
+            ["proxy: more of the proxy task", "", ""],
+            ["scratch: its labels, all layers from random", "(+5.0) / (+5.0)", "(+2.0) / (+2.0)"],
+            ["finetune_all: its labels, all layers trained alike", "", ""],
+            ["keep_high: its labels, high layers kept, too", "", "(+3.0) / (+3.0)"],
+        ]
+    ]
+    sure = [{**r, "value": r["value"] + (0.1 if r["arm"] == "sslpp" else 0)} for r in own]
+    records.write(tmp_path / "a_1k" / "records.jsonl", sure)
+    assert readme.controls_table(tmp_path, "a_1k")[0][2][1] == "+12.0 / +12.0"
 
 
 def test_the_lines_for_classifiers_are_those_of_every_card():

@@ -120,7 +120,7 @@ def test_a_batch_without_any_label_has_no_loss(tiny, context):
 
 
 def test_low_weights_stay_while_settling_and_the_high_part_is_new(tiny, context):
-    start, result = go(tiny, context, settle=1.0, epochs=1)
+    start, result = go(tiny, context, settle=1.0, epochs=1, reinit="high")
     low = B.low_names(network(), 2, 16)
     weights = {n for n, _ in network().named_parameters()}
     assert moved(start, result, low & weights) == set()
@@ -165,7 +165,7 @@ def test_fresh_weights_are_drawn_anew_each_round(tiny, context, monkeypatch):
     seen = []
     monkeypatch.setattr(R, "train", lambda task, *a, **k: seen.append(task.network.layer4[0].conv1.weight.clone()))
     for key in (KEY, Key(0, "relearn", 2)):
-        R.relearn(network(), MODEL, settings(), pseudo_labels(tiny), [4, 2], tiny, key, context, "x")
+        R.relearn(network(), MODEL, settings(reinit="high"), pseudo_labels(tiny), [4, 2], tiny, key, context, "x")
     assert not torch.equal(seen[0], seen[-1])
 
 
@@ -182,7 +182,7 @@ def test_images_without_a_pseudo_label_are_never_drawn(tiny, context, monkeypatc
 
 def test_a_split_that_leaves_no_high_part_is_refused():
     with pytest.raises(Refused, match=r"relearn\.split: no parameter lies above stage -1"):
-        R.split(network(), settings(split=-1), 16)
+        R.split(network(), settings(split=-1, reinit="high"), 16)
     assert R.split(network(), settings(split=-1, reinit="none"), 16)
     with pytest.raises(Refused, match=r"relearn\.split: 9"):
         R.split(network(), settings(split=9), 16)

@@ -146,7 +146,7 @@ def random_features(recipe: Recipe, counts: Counts) -> None:
 
 @arm("#e1812c")
 def sslpp(recipe: Recipe, counts: Counts) -> None:
-    """The method: high layers learned anew, from clusters of the proxy's features."""
+    """The method: high layers relearned, from clusters of the proxy's features."""
 
 
 @arm("#333333")

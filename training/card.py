@@ -155,14 +155,14 @@ def what(recipe: Recipe, records: report.Records, arm: str, counted: tuple[int, 
         images = f"{counted[0]:,} images of {images}; {counted[1]:,} more were held out"
     name, args = report.plain(short_name(recipe.model.name)), report.plain(in_words(recipe.model.args))
     seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
-    kept = recipe.relearn.rounds and recipe.relearn.reinit == "none"
-    here = " Here none was: all learn on as they were." if kept else ""
+    new = {"high": "The high ones started from new weights here.", "all": "All started from new weights here."}
+    here = new.get(recipe.relearn.reinit if recipe.relearn.rounds else "none", "")
     return f"""A {name} backbone ({args}) without a head, for images of {recipe.data.size} px.
 It was trained on {images}. It comes {report.origin(recipe, records)}. In all it has seen {seen} views of images.
 
 The method is SSL++ (Chen et al., IEEE TIP 2022, [doi:10.1109/TIP.2021.3135470](https://doi.org/10.1109/TIP.2021.3135470);
 our reading of the abstract): the low layers of a self-supervised network are generic, its high ones are not, so these
-are learned anew, from clusters of the network's own features.{here}"""
+are relearned, from clusters of the network's own features. {here}""".rstrip()
 
 
 def usage(model: str, size: int, shipped: bool) -> str:

@@ -13,7 +13,6 @@ from .evaluate.label_free import LEADING
 Records = list[dict[str, Any]]
 KNN = 20
 WITHOUT_LABELS = "label_free pooled"
-CONTROLS = ("proxy", "scratch", "finetune_all", "keep_high")  # what sslpp is to be better than, at its own budget
 METRICS = {
     "linear pooled": "linear probe, pooled",
     "linear best": "linear probe, best stage",
@@ -178,13 +177,6 @@ def gained(rows: Records, arm: str, over: str, name: str, split: str) -> tuple[s
     """Mean of an arm's paired differences over another, their interval, and whether it excludes 0."""
     differences = list(paired(rows, arm, over, name, split).values())
     return (f"{statistics.mean(differences):+.1f}", *told(differences)) if differences else ("", "", "")
-
-
-def controls(rows: Records, name: str) -> list[str]:
-    """A metric of sslpp less that of each of `CONTROLS`, with the interval where there is one; "" for one not run."""
-    rows = final(rows)
-    found = [gained(rows, "sslpp", arm, name, report.split_of(rows)) for arm in CONTROLS]
-    return [mean + (f" ({between})" if " to " in between else "") for mean, between, _ in found]
 
 
 def probed(rows: Records) -> dict[str, dict[str, list[float]]]:

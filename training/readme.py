@@ -51,8 +51,13 @@ def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
 
 ARMS = {"random": "untrained", "proxy_short": "proxy task", "sslpp": "SSL++"}
 PROBES = {"linear": {"protocol": "linear"}, "kNN": {"protocol": "knn", "k": 20}}
-
-
+# What sslpp is to be better than, at its own budget.
+CONTROLS = {
+    "proxy": "more of the proxy task",
+    "scratch": "its labels, all layers from random",
+    "finetune_all": "its labels, all layers trained alike",
+    "keep_high": "its labels, high layers kept, too",
+}
 HEADS = [f"{probe}, {arm}" for probe in PROBES for arm in ARMS.values()]
 
 
@@ -85,16 +90,24 @@ def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
 
 
 def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
-    """sslpp less its controls in comparisons of that pattern, pooled features on the test split, in points."""
-    lines = [["sslpp minus", "images", "seeds", "probe", *contrast.CONTROLS]]
-    for path in sorted(configs.glob(f"{pattern}/records.jsonl"), reverse=True):
-        rows = records.read(path)
-        fitted = next(r["settings"]["n"] for r in rows if r["protocol"] == "linear")  # all training images
-        what = [rows[0]["model"], f"{fitted:,}", str(len(contrast.arms_and_seeds(rows)[1]))]
-        for probe in PROBES:
-            lines.append([*what, probe, *contrast.controls(rows, f"{probe.lower()} pooled")])
-            what = [""] * 3
+    """sslpp less its controls, pooled, on the test split, a column for each comparison of that pattern.
+
+    In parentheses what the seeds cannot tell from 0, as one seed never can.
+    """
+    found = [records.read(path) for path in sorted(configs.glob(f"{pattern}/records.jsonl"), reverse=True)]
+    lines = [["sslpp minus, in points: " + " / ".join(PROBES), *map(compared, found)]]
+    for arm, what in CONTROLS.items():
+        pairs = [[contrast.gained(contrast.final(rows), "sslpp", arm, f"{probe.lower()} pooled", "test")
+                  for probe in PROBES] for rows in found]  # fmt: skip
+        cells = [[mean if differs == "yes" else f"({mean})" for mean, _, differs in pair if mean] for pair in pairs]
+        lines.append([f"{arm}: {what}", *(" / ".join(cell) for cell in cells)])
     return [lines]
+
+
+def compared(rows: contrast.Records) -> str:
+    """The network, images and seeds of a comparison."""
+    fitted = next(r["settings"]["n"] for r in rows if r["protocol"] == "linear")  # all training images
+    return f"{rows[0]['model']}, {fitted:,} images, seeds {len(contrast.arms_and_seeds(rows)[1])}"
 
 
 def of(make: Callable[[contrast.Records], list], file: str = "records.jsonl") -> Callable[[Path, str], list]:

@@ -214,10 +214,10 @@ class Relearn(Schedule):
     split: Stage | Literal["auto"] = -3
     """Last stage of the low part, an index into timm's feature_info; auto: the one that does best by that score, but
     the last."""
-    reinit: Literal["high", "all", "none"] = "high"
-    """Which part starts from new random weights."""
+    reinit: Literal["high", "all", "none"] = "none"
+    """Which part starts from new random weights: high, as the paper has it, gained nothing where it was measured."""
     keep: BelowOne = 0.0
-    """Share of the old weights that stays in that part: 0 starts anew, more is gentler to good weights."""
+    """Share of the old weights that stays in what starts anew; more is gentler to good weights."""
     drop: BelowOne = 0.0
     """Share of each cluster, the images farthest from its centroid, that is not learned from."""
     settle: ClosedUnitInterval = 0.1

@@ -331,7 +331,7 @@ def origin(recipe: Recipe, records: Records) -> str:
         kept = {
             "high": f"keeping the low layers (up to {last}) and re-initialising the high ones",
             "all": "re-initialising every layer",
-            "none": "re-initialising nothing",
+            "none": f"re-initialising nothing; layers up to {last} rest for the first {relearn.settle:.0%} of it",
         }[relearn.reinit]
         told = f"k = {', '.join(map(str, recipe.clusters.k))}; epochs {relearn.epochs:g}; rounds {relearn.rounds}"
         steps.append(f"then from {labels} ({told}), {kept}")
