@@ -120,6 +120,11 @@ def test_an_arm_that_a_recipe_is_already_repeats_it():
     assert repeated(relearn__reinit="none", relearn__split="-1") == {"keep_high", "finetune_all"}
 
 
+def test_no_arm_keeps_a_share_of_what_does_not_start_anew():
+    for arm in A.ARMS:
+        command.check(A.build(arm, method(relearn__keep="0.5"), COUNTS))
+
+
 def test_no_arm_keeps_statistics_where_it_starts_anew():
     lent = {"model__pretrained": "true", "proxy__norm": "stored", "relearn__norm": "stored", "relearn__reinit": "none"}
     for arm in A.ARMS:

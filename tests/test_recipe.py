@@ -78,6 +78,7 @@ def test_a_run_is_a_name_under_runs_or_a_path():
         (["--relearn.settle", "1.5"], "relearn.settle"),
         (["--proxy.norm", "stored"], "proxy.norm"),
         (["--relearn.norm", "stored", "--relearn.reinit", "all"], "relearn.norm"),
+        (["--relearn.keep", "0.5"], "relearn.keep"),
         (["--relearn.views.crop_scale", "[0.1,1.5]"], "relearn.views.crop_scale"),
         (["--relearn.views.crop_scale", "[0.9,0.5]"], "relearn.views.crop_scale"),
         (["--proxy.views.hue", "0.7"], "proxy.views.hue"),

@@ -129,13 +129,14 @@ def scratch(recipe: Recipe, counts: Counts) -> None:
 @arm("#3a923a")
 def finetune_all(recipe: Recipe, counts: Counts) -> None:
     """sslpp's labels, head and views; nothing re-initialised, one learning rate, the head alone while sslpp settles."""
-    recipe.relearn.reinit, recipe.relearn.split, recipe.relearn.low_lr = "none", -1, 1.0
+    relearn = recipe.relearn
+    relearn.reinit, relearn.keep, relearn.split, relearn.low_lr = "none", 0.0, -1, 1.0
 
 
 @arm("#2ab7ca")
 def keep_high(recipe: Recipe, counts: Counts) -> None:
     """Exactly sslpp, but the high part continues from the proxy: tests re-initialising alone."""
-    recipe.relearn.reinit = "none"
+    recipe.relearn.reinit, recipe.relearn.keep = "none", 0.0
 
 
 @arm("#b8a1cf")
