@@ -213,7 +213,9 @@ def check(recipe: Recipe) -> None:
     if recipe.relearn.norm == "stored" and recipe.relearn.reinit == "all":
         raise Refused(f"relearn.norm: {NO_STATISTICS}, as relearn.reinit all makes all of them; leave it at batch.")
     if recipe.relearn.keep and recipe.relearn.reinit == "none":
-        raise Refused("relearn.keep: a share of what starts anew, and nothing does; give relearn.reinit high or all, too.")
+        raise Refused(
+            "relearn.keep: a share of what starts anew, and nothing does; give relearn.reinit high or all, too."
+        )
     if recipe.relearn.epochs == 0:
         raise Refused("relearn.epochs: 0 leaves nothing to relearn; give at least a part of an epoch.")
     if not recipe.clusters.k:
