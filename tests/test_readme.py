@@ -112,6 +112,11 @@ def test_controls_side_by_side_show_what_seeds_can_tell(tmp_path):
     sure = [{**r, "value": r["value"] + (0.1 if r["arm"] == "sslpp" else 0)} for r in own]
     records.write(tmp_path / "a_1k" / "records.jsonl", sure)
     assert readme.controls_table(tmp_path, "a_1k")[0][2][1] == "+12.0 / +12.0"
+    (tmp_path / "c_1k").mkdir()
+    records.write(
+        tmp_path / "c_1k" / "records.jsonl", [r for r in sure if r["seed"] < 2]
+    )  # an interval of two is no proof
+    assert readme.controls_table(tmp_path, "c_1k")[0][2][1] == "(+12.5) / (+12.5)"
 
 
 def test_the_lines_for_classifiers_are_those_of_every_card():

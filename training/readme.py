@@ -92,15 +92,20 @@ def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
 def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     """sslpp less its controls, pooled, on the test split, a column for each comparison of that pattern.
 
-    In parentheses what the seeds cannot tell from 0, as one seed never can.
+    In parentheses what is not told from 0, by three seeds at least: the interval of two tells next to nothing.
     """
-    found = [records.read(path) for path in sorted(configs.glob(f"{pattern}/records.jsonl"), reverse=True)]
+    found = [contrast.final(records.read(path)) for path in sorted(configs.glob(f"{pattern}/records.jsonl"))[::-1]]
     lines = [["sslpp minus, in points: " + " / ".join(PROBES), *map(compared, found)]]
+
+    def cell(rows: contrast.Records, arm: str, probe: str) -> str:
+        name = f"{probe.lower()} pooled"
+        mean, _, differs = contrast.gained(rows, "sslpp", arm, name, "test")
+        sure = differs == "yes" and len(contrast.paired(rows, "sslpp", arm, name, "test")) > 2
+        return mean if sure or not mean else f"({mean})"
+
     for arm, what in CONTROLS.items():
-        pairs = [[contrast.gained(contrast.final(rows), "sslpp", arm, f"{probe.lower()} pooled", "test")
-                  for probe in PROBES] for rows in found]  # fmt: skip
-        cells = [[mean if differs == "yes" else f"({mean})" for mean, _, differs in pair if mean] for pair in pairs]
-        lines.append([f"{arm}: {what}", *(" / ".join(cell) for cell in cells)])
+        cells = [[cell(rows, arm, probe) for probe in PROBES] for rows in found]
+        lines.append([f"{arm}: {what}", *(" / ".join(filter(None, pair)) for pair in cells)])
     return [lines]
 
 
