@@ -328,5 +328,6 @@ def test_a_folder_of_another_command_is_left_as_it_is(finished, picture_folder, 
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
     done = call(evaluation.main, folder, "--data.path", picture_folder)
     hub = folder / "seed_0" / "sslpp" / "hub"
-    said = f"error: MODEL: {folder} has no config.json; name one of the models in it: {hub}.\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    said = f"error: MODEL: {folder} has no config.json; name one of the models in it: {hub}"
+    assert done.returncode == 2
+    assert done.stderr.startswith(said)
