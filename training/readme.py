@@ -6,6 +6,7 @@ of all the backbones of the package that its pattern matches, ``gains`` and ``co
 """
 
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -98,10 +99,11 @@ def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     lines = [["sslpp minus, in points: " + " / ".join(PROBES), *map(compared, found)]]
 
     def cell(rows: contrast.Records, arm: str, probe: str) -> str:
-        name = f"{probe.lower()} pooled"
-        mean, _, differs = contrast.gained(rows, "sslpp", arm, name, "test")
-        sure = differs == "yes" and len(contrast.paired(rows, "sslpp", arm, name, "test")) > 2
-        return mean if sure or not mean else f"({mean})"
+        differences = list(contrast.paired(rows, "sslpp", arm, f"{probe.lower()} pooled", "test").values())
+        if not differences:
+            return ""
+        mean = f"{statistics.mean(differences):+.1f}"
+        return mean if len(differences) > 2 and contrast.told(differences)[1] == "yes" else f"({mean})"
 
     for arm, what in CONTROLS.items():
         cells = [[cell(rows, arm, probe) for probe in PROBES] for rows in found]
@@ -111,8 +113,12 @@ def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
 
 def compared(rows: contrast.Records) -> str:
     """The network, images and seeds of a comparison."""
-    fitted = next(r["settings"]["n"] for r in rows if r["protocol"] == "linear")  # all training images
-    return f"{rows[0]['model']}, {fitted:,} images, seeds {len(contrast.arms_and_seeds(rows)[1])}"
+    return f"{rows[0]['model']}, {trained_on(rows):,} images, seeds {len(contrast.arms_and_seeds(rows)[1])}"
+
+
+def trained_on(rows: contrast.Records) -> int:
+    """How many images were trained on, which are those that a linear probe was fitted on."""
+    return next(r["settings"]["n"] for r in rows if r["protocol"] == "linear")
 
 
 def of(make: Callable[[contrast.Records], list], file: str = "records.jsonl") -> Callable[[Path, str], list]:
@@ -151,8 +157,7 @@ def shipped_card(folder: Path) -> str:
     own, compared = (records.read(at / "records.jsonl") for at in (folder, folder.with_name(f"{folder.name}_20k")))
     made = parse(["--config", str(folder / "recipe.yaml"), "--data.path", records.data_of(own[0])])
     counted = {r["split"]: r["settings"]["n"] for r in own if r["protocol"] == "rankme"}
-    fitted = next(r["settings"]["n"] for r in own if r["protocol"] == "linear")  # all training images
-    return card.page(folder, folder.name, own, compared, made, "sslpp", (fitted, counted["val"]), shipped=True)
+    return card.page(folder, folder.name, own, compared, made, "sslpp", (trained_on(own), counted["val"]), shipped=True)
 
 
 def main(arguments: Sequence[str]) -> None:
