@@ -10,6 +10,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 import contextlib
+import gc
 import io
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from training.loop import Context
 from training.pixels import Pixels
 
 ROOT = Path(__file__).parent.parent
+gc.freeze()  # what is imported stays: the loop collects garbage at its end, and need not go through it
 
 
 def make_images(count=40, side=20, size=16, classes=4, labelled=True, seed=0):

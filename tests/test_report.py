@@ -148,12 +148,20 @@ def test_both_sides_say_how_often_neighbours_are_of_the_class(tmp_path, monkeypa
     monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure))
     perfect = torch.nn.functional.one_hot(images.labels, 4).float()
     figures.neighbours(tmp_path / "n.png", {"a": torch.ones(60, 4), "b": perfect}, images, images.all)
-    told = [text.get_text() for axis in kept[0].axes for text in axis.texts]
-    assert len(told) == 2
-    assert "100% are of the same class" in told[1]
-    assert "of all 9 held-out images" in told[1]
-    shown = [sum(bool(axis.images) for axis in row) for row in zip(*[iter(kept[0].axes)] * 14, strict=True)]
-    assert set(shown) == {1 + 6 + 6}
+    (axis,) = kept[0].axes
+    heads, told = zip(*zip(*[iter(text.get_text() for text in axis.texts)] * 2, strict=True), strict=True)
+    assert heads == ("image", "nearest under a", "nearest under b")
+    assert "100% are of the same class" in told[2]
+    assert "of all 9 held-out images" in told[2]
+    side = figures.TILE + 2 * figures.FRAME
+    picture = axis.images[0].get_array().reshape(8, -1, 14, side + figures.GAP, 3)[:, -side:, :, :side]
+    corners, middles = picture[:, 0, :, 0], picture[:, side // 2, :, side // 2]
+    drawn_at = (middles != 255).any(-1)
+    assert (drawn_at == (np.arange(14) != 7)).all()  # the image, six neighbours, nothing, six neighbours
+    assert (corners[:, [0, 7]] == 255).all()
+    assert (corners[:, 8:] == figures.SAME).all()
+    framed = {tuple(colour) for colour in corners[:, 1:7].reshape(-1, 3).tolist()}
+    assert framed == {figures.SAME, figures.OTHER}  # six of equal features are of any class
 
 
 def test_chance_is_marked_as_the_records_tell_it(tmp_path, monkeypatch):
@@ -183,7 +191,12 @@ def test_a_contact_sheet_shows_the_nearest_images_first(tmp_path, labelled, monk
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn_as.append(figure) or save(figure, path))
     figures.contact_sheet(tmp_path / "sheet.png", images, tmp_path / "l.parquet", columns=4)
     title = "All 3 clusters, the images nearest to each one's centre first"
-    assert [axis.get_title() for axis in drawn_as[0].axes] == [title, "", ""]
+    (axis,) = drawn_as[0].axes
+    assert axis.get_title() == title
+    assert [text.get_text().split(":")[0] for text in axis.texts] == ["cluster 0", "cluster 1", "cluster 2"]
+    picture = axis.images[0].get_array().reshape(3, -1, 4, figures.TILE + figures.GAP, 3)
+    first = picture[:, -figures.TILE :, 0, : figures.TILE]
+    assert (first == figures.tiles(images, torch.tensor([27, 28, 29]))).all()
     words = figures._describe(images, 2, np.arange(0, 30, 4))
     assert words == "cluster 2: 8 images" + ("\n100% are of class 'class\n0'" if labelled else "")
     size, shades = drawn(tmp_path / "sheet.png")

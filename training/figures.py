@@ -20,7 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NO_CURVES = ("phase", "round", "step", "images", "images_per_second", "lr")
-TILE, GAP = 64, 4  # px of an image in a sheet, and between two
+TILE, GAP, FRAME = 64, 4, 3  # px of an image in a sheet, between two, and of a frame around one
+SAME, OTHER = (58, 146, 58), (192, 61, 62)  # colours of frames: of the same class, of another
 WHERE = {"val": "held-out images", "test": "test"}
 PANELS = (
     ("linear", "top1", None, "linear probe"),
@@ -81,6 +82,26 @@ def tiles(images: Images, indices: Tensor, side: int = TILE) -> np.ndarray:
     return (grown * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def white(rows: int, columns: int, side: int) -> np.ndarray:
+    """A sheet's tiles before there is anything on them, [rows, columns, side, side, 3] uint8."""
+    return np.full((rows, columns, side, side, 3), 255, np.uint8)
+
+
+def mosaic(sheet: np.ndarray, above: int, width: float) -> tuple[plt.Figure, plt.Axes]:
+    """A sheet's tiles as one picture, `above` px of white over each row, in a figure of `width` inches.
+
+    Text is placed by the picture's pixels. With axes for every tile, drawing would take longer than a short training.
+    """
+    rows, columns, side = sheet.shape[:3]
+    spaced = np.pad(sheet, ((0, 0), (0, 0), (above, 0), (0, GAP), (0, 0)), constant_values=255)
+    picture = spaced.transpose(0, 2, 1, 3, 4).reshape(rows * (above + side), columns * (side + GAP), 3)
+    figure = plt.figure(figsize=(width, width * picture.shape[0] / picture.shape[1]))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(picture)
+    axis.set_axis_off()
+    return figure, axis
+
+
 def contact_sheet(path: Path, images: Images, labels: Path, rows: int = 12, columns: int = 12) -> None:
     """A row of the most typical images of each of some clusters, from the largest to the smallest."""
     table = pq.read_table(labels)
@@ -92,20 +113,17 @@ def contact_sheet(path: Path, images: Images, labels: Path, rows: int = 12, colu
     by_size = np.argsort(-sizes, kind="stable")
     by_size = by_size[sizes[by_size] > 0]
     chosen = by_size[np.unique(np.linspace(0, len(by_size) - 1, min(rows, len(by_size))).round().astype(int))]
-    figure, axes = plt.subplots(len(chosen), 1, figsize=(9.5, 0.8 * len(chosen) + 0.5), squeeze=False)
-    for axis, number in zip(axes[:, 0], chosen, strict=True):
-        members = np.flatnonzero(found == number)
-        nearest = members[np.argsort(distance[members], kind="stable")][:columns]
-        strip = np.full((TILE, columns * (TILE + GAP), 3), 255, np.uint8)
-        for place, tile in enumerate(tiles(images, torch.from_numpy(nearest))):
-            strip[:, place * (TILE + GAP) :][:, :TILE] = tile
-        axis.imshow(strip)
-        axis.set_axis_off()
-        axis.text(
-            -8, TILE / 2, _describe(images, number, members), ha="right", va="center", fontsize=8, parse_math=False
-        )
+    sheet, members = white(len(chosen), columns, TILE), [np.flatnonzero(found == number) for number in chosen]
+    for row, own in zip(sheet, members, strict=True):
+        nearest = own[np.argsort(distance[own], kind="stable")][:columns]
+        row[: len(nearest)] = tiles(images, torch.from_numpy(nearest))
+    above = 3 * GAP
+    figure, axis = mosaic(sheet, above, 8.0)
+    for row, (number, own) in enumerate(zip(chosen, members, strict=True)):
+        middle = row * (above + TILE) + above + TILE / 2
+        axis.text(-8, middle, _describe(images, number, own), ha="right", va="center", fontsize=8, parse_math=False)
     shown = "All" if len(chosen) == k else f"{len(chosen)} of"
-    axes[0, 0].set_title(f"{shown} {k} clusters, the images nearest to each one's centre first", fontsize=10)
+    axis.set_title(f"{shown} {k} clusters, the images nearest to each one's centre first", fontsize=10)
     save(figure, path)
 
 
@@ -275,35 +293,29 @@ def neighbours(path: Path, features: dict[str, Tensor], images: Images, shown: T
     held_out = images.held_out[shown]
     asked, bank = images.sample(held_out.nonzero().flatten(), rows), (~held_out).nonzero().flatten()
     count = min(6, len(bank))
-    size = (2 * count + 2, 1.08 * len(asked) + 0.9)
-    figure, axes = plt.subplots(len(asked), 2 * count + 2, figsize=size, squeeze=False)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for side in axis.spines.values():
-            side.set_visible(False)
-    labels = images.labels
-    for side, (name, found) in enumerate(features.items()):
+    labels, side, above = images.labels, TILE + 2 * FRAME, 3 * GAP
+    sheet = white(len(asked), 2 * count + 2, side)
+    inside = sheet[:, :, FRAME:-FRAME, FRAME:-FRAME]
+    inside[:, 0] = tiles(images, shown[asked])
+    words = [(0, "image", "")]
+    for first, (name, found) in zip((1, count + 2), features.items(), strict=True):
         unit = torch.nn.functional.normalize(found, dim=1)
-        first = 1 + side * (count + 1)
         for row, query in enumerate(asked.tolist()):
-            near = bank[(unit[bank] @ unit[query]).topk(count).indices]
-            for axis, tile, index in zip(axes[row, first:], tiles(images, shown[near]), shown[near], strict=False):
-                axis.imshow(tile)
-                if labels is not None and labels[shown[query]] >= 0:
-                    same = bool(labels[index] == labels[shown[query]])
-                    for spine in axis.spines.values():
-                        spine.set(visible=True, linewidth=2.5, color="#3a923a" if same else "#c03d3e")
-        axes[0, first].set_title(f"nearest under {name}", fontsize=10, loc="left")
+            near = shown[bank[(unit[bank] @ unit[query]).topk(count).indices]]
+            if labels is not None and labels[shown[query]] >= 0:
+                same = (labels[near] == labels[shown[query]]).numpy()
+                sheet[row, first : first + count] = np.where(same[:, None], SAME, OTHER)[:, None, None]
+            inside[row, first : first + count] = tiles(images, near)
+        told = ""
         if labels is not None and (labels[shown[held_out]] >= 0).any():
             share, chance, of = same_class(unit, images, shown, count)
             told = (
                 f"Of the {count} nearest of all {of:,} held-out images\n{share:.0%} are of the same class (green), "
                 f"by chance {chance:.0%}"
             )
-            axes[-1, first].annotate(told, (0, 0), (0, -8), xycoords="axes fraction", textcoords="offset points",
-                                     fontsize=10, va="top")  # fmt: skip
-    for row, tile in enumerate(tiles(images, shown[asked])):
-        axes[row, 0].imshow(tile)
-    axes[0, 0].set_title("image", fontsize=10)
+        words.append((first * (side + GAP), f"nearest under {name}", told))
+    figure, axis = mosaic(sheet, above, 0.8 * sheet.shape[1])
+    for place, title, told in words:
+        axis.text(place, above - GAP, title, fontsize=10, va="bottom")
+        axis.text(place, len(asked) * (above + side) + 2 * GAP, told, fontsize=10, va="top")
     save(figure, path)

@@ -14,7 +14,7 @@ from .figures import plt
 from .images import Images
 
 MOST = 24  # classes that a figure shows by name
-SHOWN, COLUMNS, TILE = 18, 6, 128  # images of a sheet, of these in a row; px of each
+SHOWN, COLUMNS, TILE, CAPTION = 18, 6, 128, 12  # images of a sheet, of these in a row; px of each, and of a line above
 RIGHT, WRONG, REST = COLOURS["finetune_all"], COLOURS["scratch"], COLOURS["random"]
 
 
@@ -133,16 +133,16 @@ def confusion(path: Path, counts: Tensor, names: list[str], where: str) -> None:
 
 def sheet(path: Path, found: list[tuple[Images, int, str]], title: str) -> None:
     """Images, given with their index, and what was said of each; nothing is drawn without any."""
-    rows = -(-len(found) // COLUMNS)
-    if not rows:
+    if not found:
         path.unlink(missing_ok=True)  # of an earlier report
         return
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(1.7 * COLUMNS, 2.1 * rows + 0.4), squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, (images, index, caption) in zip(axes.flat, found, strict=False):
-        axis.imshow(figures.tiles(images, torch.tensor([index]), TILE)[0])
-        axis.set_title(caption, fontsize=8, parse_math=False)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
+    tiles = figures.white(-(-len(found) // COLUMNS), COLUMNS, TILE)
+    above = CAPTION * (1 + max(caption.count("\n") for *_, caption in found)) + figures.GAP
+    for tile, (images, index, _) in zip(tiles.reshape(-1, *tiles.shape[2:]), found, strict=False):
+        tile[:] = figures.tiles(images, torch.tensor([index]), TILE)[0]
+    figure, axis = figures.mosaic(tiles, above, 1.7 * COLUMNS)
+    for place, (*_, caption) in enumerate(found):
+        x, y = place % COLUMNS * (TILE + figures.GAP) + TILE / 2, place // COLUMNS * (above + TILE) + above - 2
+        axis.text(x, y, caption, fontsize=8, ha="center", va="bottom", parse_math=False)
+    axis.set_title(title, fontsize=11)
     figures.save(figure, path)
