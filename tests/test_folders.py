@@ -294,7 +294,8 @@ def as_flat(path, pictures, labels):
     return "file_name,label\n" + "".join(f"{i:04d}.png,{label}\n" for i, label in enumerate(labels))
 
 
-MEASURE = ["--data.size", "8", "--evaluate.linear_c", "[0.1]", "--evaluate.knn_k", "[5]", "--proxy.epochs", "0"]
+MEASURE = ["--data.size", "8", "--evaluate.linear_c", "[0.1]", "--evaluate.knn_k", "[5]", "--evaluate.shots", "[]"]
+MEASURE += ["--proxy.epochs", "0"]
 MEASURE += ["--relearn.rounds", "0", "--model.name", "test_resnet", "--model.args", "{output_stride: 8}"]
 
 
