@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from training import command, files, recipe
+from training import files
 
 
 def test_a_file_is_replaced_only_if_its_block_ends_well(tmp_path):
@@ -50,39 +50,6 @@ def test_a_damaged_line_is_told_and_only_an_unfinished_last_one_forgiven(damage,
     path.write_bytes(b'{"a": 1}\n' + damage + b"\n")
     with pytest.raises(files.Failed, match="line 2 is damaged"):
         files.read_lines(path)
-
-
-def test_files_are_compared_with_what_a_marker_says_was_written(tmp_path):
-    (tmp_path / "model").write_text("weights")
-    marker = tmp_path / "proxy.json"
-    files.write_json(marker, {"wrote": files.written(tmp_path, ["model"])})
-    files.check_written(marker)
-    (tmp_path / "model").write_text("weighty")
-    with pytest.raises(files.Failed, match=r"model is not what was written.*delete .*proxy\.json"):
-        files.check_written(marker)
-    (tmp_path / "model").unlink()
-    with pytest.raises(files.Failed, match="model is gone"):
-        files.check_written(marker)
-
-
-@pytest.mark.parametrize(
-    ("now", "said"),
-    [
-        ({"lr": 2}, "lr: {} was made with 1, now it is 2; choose another"),
-        ({"backbone": "c" * 64}, "backbone: {} was made with other weights before it: the phase before was done again"),
-        ({"images": {"train": "a" * 64, "test": "c" * 64}}, "images: {} was made with other images: files were added"),
-        ({"images": {"train": "a" * 64, "test": "c" * 64}}, "since (test); choose another --run"),
-    ],
-)
-def test_what_a_phase_read_and_what_is_other_now_is_told_in_words(tmp_path, now, said):
-    marker = tmp_path / "proxy.json"
-    read = {"lr": 1, "backbone": "b" * 64, "images": {"train": "a" * 64, "test": "b" * 64}}
-    files.write_json(marker, {"read": read})
-    files.refuse_other(marker, read)
-    with pytest.raises(files.Refused) as error:
-        files.refuse_other(marker, {**read, **now})
-    assert said.format(tmp_path) in str(error.value)
-    assert "cccc" not in str(error.value)
 
 
 def test_a_locked_folder_is_refused_until_its_holder_is_gone(tmp_path):
@@ -140,19 +107,3 @@ def test_a_refused_run_leaves_what_others_have_put_beside_it(tmp_path):
         (tmp_path / "runs" / "theirs").touch()
         raise files.Refused("no")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["theirs"]
-
-
-def test_a_field_that_came_later_makes_no_older_run_another(tmp_path):
-    marker = tmp_path / "round_1" / "relearn.json"
-    marker.parent.mkdir()
-    older = recipe.phase_fields(command.parse(["--data.path", "digits"]), "relearn")
-    stored = recipe.phase_fields(command.parse(["--data.path", "digits", "--relearn.norm", "stored"]), "relearn")
-    assert "relearn.norm" not in older
-    for was, now, told in (
-        (older, stored, "with batch, now it is stored"),
-        (stored, older, "with stored, now it is ba"),
-    ):
-        files.write_json(marker, {"read": was})
-        files.refuse_other(marker, was)
-        with pytest.raises(files.Refused, match=f"relearn.norm: .*{told}"):
-            files.refuse_other(marker, now)

@@ -13,10 +13,11 @@ from . import backbone as B
 from . import clusters, inputs, proxies, recipe, tables
 from .command import Parser, check_data, guarded, model_parser
 from .extraction import Stage, extract
-from .files import Refused, check_written, read_json, sha256_file
+from .files import Refused, read_json, sha256_file
 from .images import Images
 from .limits import PositiveInt
 from .loop import Context
+from .markers import check_written
 from .operations import on_device
 
 ROWS = 8192  # images between two writes

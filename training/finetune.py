@@ -32,9 +32,7 @@ from .files import (
     read_json,
     refuse_files,
     refuse_kind,
-    refuse_other,
     sha256_json,
-    since_ever,
     write_json,
     write_text,
 )
@@ -42,6 +40,7 @@ from .images import Images, write_bad
 from .keeper import Keeper
 from .launch import Key, seed_all
 from .loop import Context, steps_of, train
+from .markers import refuse_other, since_ever
 from .operations import suited
 from .recipe import flatten, to_yaml
 from .setup import check_fits, check_split

@@ -4,9 +4,10 @@ from torch import nn
 
 from . import backbone as B
 from . import classifier, classifier_report, longer, records
-from .files import Refused, check_written, read_json, sha256_file, sha256_json, whole_folder, write_json, written
+from .files import Refused, read_json, sha256_file, sha256_json, whole_folder, write_json
 from .images import Images
 from .loop import Context
+from .markers import check_written, written
 from .operations import on_device
 
 BATCH = 512  # images of a forward pass that measures

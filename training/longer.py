@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import Checkpoints, Earlier
-from .files import Refused, differences, read_json, sha256_json
+from .files import Refused, read_json, sha256_json
 from .loop import steps_of
+from .markers import differences
 from .recipe import Schedule
 
 

@@ -7,16 +7,8 @@ from typing import Any
 
 from . import backbone as B
 from . import longer, records
-from .files import (
-    check_written,
-    refuse_other,
-    sha256_file,
-    sha256_json,
-    whole_file,
-    whole_folder,
-    write_json,
-    written,
-)
+from .files import sha256_file, sha256_json, whole_file, whole_folder, write_json
+from .markers import check_written, refuse_other, written
 from .recipe import phase_fields
 from .setup import Run
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import set_parsing_settings
 
-from .files import since_ever
 from .limits import (
     BelowOne,
     ClosedUnitInterval,
@@ -26,6 +25,7 @@ from .limits import (
     Several,
     Stage,
 )
+from .markers import since_ever
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

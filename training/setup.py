@@ -16,20 +16,11 @@ from . import backbone as B
 from . import clusters, costs, images, longer, peaks, proxies, records, relearn, report
 from .batches import draw_batch
 from .checkpoints import can_be_kept
-from .files import (
-    Refused,
-    lock_folder,
-    nothing_left,
-    read_json,
-    refuse_files,
-    refuse_kind,
-    refuse_other,
-    write_json,
-    write_text,
-)
+from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, refuse_kind, write_json, write_text
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
+from .markers import refuse_other
 from .memory import bound
 from .names import escape
 from .operations import dead_taps, on_device, suited

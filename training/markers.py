@@ -1,0 +1,71 @@
+"""What a phase read and wrote, as its marker tells: other fields or inputs are refused, and files that have changed."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from .files import Failed, Refused, read_json, sha256_file
+
+
+def written(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """sha256 of files of a folder, as a marker tells what was written."""
+    return {name: sha256_file(folder / name) for name in sorted(names)}
+
+
+def check_written(marker: Path) -> None:
+    """Compare the files that a marker tells of with what was written then.
+
+    Raises:
+        Failed: one is another, or gone.
+    """
+    for name, digest in read_json(marker).get("wrote", {}).items():
+        path = marker.parent / name
+        if not path.exists() or sha256_file(path) != digest:
+            raise Failed(
+                f"{path} is {'not what was written' if path.exists() else 'gone'}: its sha256 is not the one in "
+                f"{marker.name}; delete {marker} to do that phase again, or take the file back from a copy."
+            )
+
+
+# What a phase reads beside fields, known by its sha256.
+INPUTS = {
+    "images": "images: files were added, removed, renamed or changed since",
+    "backbone": "weights before it: the phase before was done again since",
+    "labels": "labels: classes, or those of images, changed since",
+    "weights": "weights to start from",
+    "targets": "labels to learn, or other images held out",
+}
+LATER = {"norm": "batch"}  # fields that older runs do not tell of, and what was done before there were any
+
+
+def _later(name: str) -> Any:
+    return LATER.get(name.split(".")[-1])
+
+
+def since_ever(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields without later ones that say what was done before they came, so that older runs are not others."""
+    return {name: value for name, value in fields.items() if _later(name) is None or value != _later(name)}
+
+
+def differences(before: dict[str, Any], read: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What a phase `read` that it did not read `before`: name, what that was, and what it is."""
+    for name in [*read, *(name for name in before if _later(name) and name not in read)]:
+        was, now = before.get(name, _later(name)), read.get(name, _later(name))
+        if was != now:
+            yield name, was, now
+
+
+def refuse_other(marker: Path, read: dict[str, Any]) -> None:
+    """Refuse a phase that was finished from other fields or inputs.
+
+    Raises:
+        Refused: naming the first that differs.
+    """
+    before = read_json(marker, "read")["read"]
+    for name, was, value in differences(before, read):
+        told = f"was made with {was}, now it is {value}"
+        if name in INPUTS:
+            told = f"was made with other {INPUTS[name]}"
+            if isinstance(value, dict) and isinstance(was, dict):
+                told += f" ({', '.join(key for key in value if was.get(key) != value[key])})"
+        raise Refused(f"{name}: {marker.parent} {told}; choose another --run, or remove that folder to do it again.")
