@@ -247,14 +247,18 @@ def across(rows: Records, name: str) -> list[list[str]]:
 
 
 def step(rows: Records, name: str) -> str:
-    """A metric of the task given the whole budget and of SSL++, means over the seeds of both, and their difference."""
+    """A metric of the task given the whole budget and of SSL++, means over the seeds of both, and their difference.
+
+    An interval of two seeds would tell next to nothing, so that there is one from three on.
+    """
     split = report.split_of(rows)
     differences = paired(rows, "sslpp", "proxy", name, split)
     if not differences:
         return ""
     arms = ("proxy", "sslpp")
     before, after = (statistics.mean(metric(rows, arm, seed, name, split) for seed in differences) for arm in arms)
-    between = f"; {told(list(differences.values()))[0]}" if len(differences) > 1 else ""
+    count = len(differences)
+    between = f"; {told(list(differences.values()))[0]}" if count > 2 else "; two seeds" if count == 2 else ""
     return f"{before:.1f} → {after:.1f} ({after - before:+.1f}{between})"
 
 
