@@ -12,6 +12,7 @@ from .evaluate.label_free import LEADING
 
 Records = list[dict[str, Any]]
 KNN = 20
+ENOUGH = 3  # seeds, for an interval to be worth showing: that of two tells next to nothing
 WITHOUT_LABELS = "label_free pooled"
 METRICS = {
     "linear pooled": "linear probe, pooled",
@@ -247,10 +248,7 @@ def across(rows: Records, name: str) -> list[list[str]]:
 
 
 def step(rows: Records, name: str) -> str:
-    """A metric of the task given the whole budget and of SSL++, means over the seeds of both, and their difference.
-
-    An interval of two seeds would tell next to nothing, so that there is one from three on.
-    """
+    """A metric of the task given the whole budget and of SSL++, means over the seeds of both, and their difference."""
     split = report.split_of(rows)
     differences = paired(rows, "sslpp", "proxy", name, split)
     if not differences:
@@ -258,7 +256,7 @@ def step(rows: Records, name: str) -> str:
     arms = ("proxy", "sslpp")
     before, after = (statistics.mean(metric(rows, arm, seed, name, split) for seed in differences) for arm in arms)
     count = len(differences)
-    between = f"; {told(list(differences.values()))[0]}" if count > 2 else "; two seeds" if count == 2 else ""
+    between = f"; {told(list(differences.values()))[0]}" if count >= ENOUGH else "; two seeds" if count == 2 else ""
     return f"{before:.1f} → {after:.1f} ({after - before:+.1f}{between})"
 
 

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NO_CURVES = ("phase", "round", "step", "images", "images_per_second", "lr")
-TILE, GAP, FRAME = 64, 4, 3  # px of an image in a sheet, between two, and of a frame around one
+TILE, GAP, ABOVE, FRAME = 64, 4, 12, 3  # px of an image in a sheet, beside and above one, and of a frame around one
 SAME, OTHER = (58, 146, 58), (192, 61, 62)  # colours of frames: of the same class, of another
 WHERE = {"val": "held-out images", "test": "test"}
 PANELS = (
@@ -117,10 +117,9 @@ def contact_sheet(path: Path, images: Images, labels: Path, rows: int = 12, colu
     for row, own in zip(sheet, members, strict=True):
         nearest = own[np.argsort(distance[own], kind="stable")][:columns]
         row[: len(nearest)] = tiles(images, torch.from_numpy(nearest))
-    above = 3 * GAP
-    figure, axis = mosaic(sheet, above, 8.0)
+    figure, axis = mosaic(sheet, ABOVE, 8.0)
     for row, (number, own) in enumerate(zip(chosen, members, strict=True)):
-        middle = row * (above + TILE) + above + TILE / 2
+        middle = row * (ABOVE + TILE) + ABOVE + TILE / 2
         axis.text(-8, middle, _describe(images, number, own), ha="right", va="center", fontsize=8, parse_math=False)
     shown = "All" if len(chosen) == k else f"{len(chosen)} of"
     axis.set_title(f"{shown} {k} clusters, the images nearest to each one's centre first", fontsize=10)
@@ -293,7 +292,7 @@ def neighbours(path: Path, features: dict[str, Tensor], images: Images, shown: T
     held_out = images.held_out[shown]
     asked, bank = images.sample(held_out.nonzero().flatten(), rows), (~held_out).nonzero().flatten()
     count = min(6, len(bank))
-    labels, side, above = images.labels, TILE + 2 * FRAME, 3 * GAP
+    labels, side = images.labels, TILE + 2 * FRAME
     sheet = white(len(asked), 2 * count + 2, side)
     inside = sheet[:, :, FRAME:-FRAME, FRAME:-FRAME]
     inside[:, 0] = tiles(images, shown[asked])
@@ -314,8 +313,8 @@ def neighbours(path: Path, features: dict[str, Tensor], images: Images, shown: T
                 f"by chance {chance:.0%}"
             )
         words.append((first * (side + GAP), f"nearest under {name}", told))
-    figure, axis = mosaic(sheet, above, 0.8 * sheet.shape[1])
+    figure, axis = mosaic(sheet, ABOVE, 0.8 * sheet.shape[1])
     for place, title, told in words:
-        axis.text(place, above - GAP, title, fontsize=10, va="bottom")
-        axis.text(place, len(asked) * (above + side) + 2 * GAP, told, fontsize=10, va="top")
+        axis.text(place, ABOVE - GAP, title, fontsize=10, va="bottom")
+        axis.text(place, len(asked) * (ABOVE + side) + 2 * GAP, told, fontsize=10, va="top")
     save(figure, path)

@@ -93,7 +93,7 @@ def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
 def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     """sslpp less its controls, pooled, on the test split, a column for each comparison of that pattern.
 
-    In parentheses what is not told from 0, by three seeds at least: the interval of two tells next to nothing.
+    In parentheses what is not told from 0, by as many seeds as are enough for an interval.
     """
     found = [contrast.final(records.read(path)) for path in sorted(configs.glob(f"{pattern}/records.jsonl"))[::-1]]
     lines = [["sslpp minus, in points: " + " / ".join(PROBES), *map(compared, found)]]
@@ -103,7 +103,7 @@ def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
         if not differences:
             return ""
         mean = f"{statistics.mean(differences):+.1f}"
-        return mean if len(differences) > 2 and contrast.told(differences)[1] == "yes" else f"({mean})"
+        return mean if len(differences) >= contrast.ENOUGH and contrast.told(differences)[1] == "yes" else f"({mean})"
 
     for arm, what in CONTROLS.items():
         cells = [[cell(rows, arm, probe) for probe in PROBES] for rows in found]
