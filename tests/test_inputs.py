@@ -6,7 +6,7 @@ import torch
 
 from tests.conftest import call, make_images, write_png
 from training import backbone as B
-from training import embed, inputs
+from training import embed, inputs, records
 from training.evaluate import __main__ as evaluate
 from training.extraction import plain_batch
 from training.recipe import Data, Model
@@ -54,10 +54,14 @@ def test_every_split_is_embedded_at_the_size_that_is_asked_for(folder, mixed, tm
     assert (alone.returncode, "3 rows" in alone.stdout, "size" in alone.stdout) == (0, True, False)
 
 
-def test_evaluate_takes_a_size(folder, picture_folder, monkeypatch):
-    seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda network, settings, over, context: seen.append(over.splits) or [])
+def test_evaluate_takes_a_size_and_records_it(folder, picture_folder, tmp_path, monkeypatch):
+    seen, figure = [], {"stage": 0, "protocol": "knn", "settings": {"k": 1}, "split": "val", "metric": "top1"}
+    fake = lambda network, settings, over, context: seen.append(over.splits) or [{**figure, "value": 0.5}]  # noqa: E731
+    monkeypatch.setattr(evaluate, "evaluate", fake)
+    out = ["--out", tmp_path / "records.jsonl"]
     for more, size in (([], 16), (["--data.size", "24"], 24)):
-        done = call(evaluate.main, folder, "--data.path", picture_folder, *more)
-        assert done.returncode == 0, done.stderr
-        assert [split.size for split in seen[-1]] == [size, size]
+        for _ in range(2):  # what is measured again replaces what it is of, and nothing of another size
+            done = call(evaluate.main, folder, "--data.path", picture_folder, *out, *more)
+            assert done.returncode == 0, done.stderr
+            assert [split.size for split in seen[-1]] == [size, size]
+    assert [row["size"] for row in records.read(out[1])] == [16, 24]

@@ -10,7 +10,8 @@ from typing import Any
 from .files import alone, read_lines, refuse_out, write_lines
 
 # What makes two records figures of the same thing: a newer one replaces an older.
-IDENTITY = ("arm", "model", "task", "seed", "phase", "round", "stage", "protocol", "data", "split", "metric", "variant")
+WHOSE = ("arm", "model", "task", "seed", "phase", "round", "stage")
+IDENTITY = (*WHOSE, "protocol", "data", "size", "split", "metric", "variant")
 SETTINGS = ("k", "views", "labels", "scratch", "probe", "shots")
 
 

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
                 **shared,
                 **row,
                 "data": over.data(row.pop("of", made.data.called), row["split"]),
+                "size": train.size,
                 "weights_sha256": weights,
                 "device": records.device_name(context.accelerator.device.type),
                 "precision": "fp32",
