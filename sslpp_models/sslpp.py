@@ -50,18 +50,21 @@ default_cfgs = generate_default_cfgs(
             "sslpp_resnet10t_s64.simclr_c10_v2": {
                 **_CIFAR10,
                 "input_size": (3, 64, 64),
+                "test_input_size": (3, 96, 96),
                 "first_conv": "conv1.0",
                 "classifier": "fc",
             },
             "sslpp_resnet10t_s32.rotation_c10": {
                 **_CIFAR10,
                 "input_size": (3, 36, 36),
+                "test_input_size": (3, 40, 40),
                 "first_conv": "conv1.0",
                 "classifier": "fc",
             },
             "sslpp_convnext_atto_s64.simclr_c10": {
                 **_CIFAR10,
                 "input_size": (3, 64, 64),
+                "test_input_size": (3, 96, 96),
                 "first_conv": "stem.0",
                 "classifier": "head.fc",
             },

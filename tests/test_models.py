@@ -20,6 +20,7 @@ import sslpp_models
 from sslpp_models import weights
 from tests.conftest import ROOT
 from training import records
+from training.backbone import fingerprint
 
 TAGGED = timm.list_pretrained("sslpp_*")
 PACKAGED = [name for name in TAGGED if weights.packaged(name).exists()]
@@ -72,6 +73,15 @@ def test_what_is_published_is_registered_and_the_other_way_round_and_small():
 def test_its_records_were_measured_on_these_weights(name):
     rows = records.read(ROOT / "hub_configs" / name / "records.jsonl")
     assert {row["weights_sha256"] for row in rows if row["arm"] == "sslpp"} == {weights.published(name)}
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_the_size_that_timm_tests_it_at_is_the_one_that_it_was_measured_at(name):
+    network = timm.create_model(name, pretrained=True)
+    larger = records.read(ROOT / "hub_configs" / name / "larger.jsonl")
+    size = timm.data.resolve_model_data_config(network, use_test_size=True)["input_size"][-1]
+    assert {(row["size"], row["weights_sha256"]) for row in larger} <= {(size, fingerprint(network.state_dict()))}
+    assert bool(larger) == (size > network.pretrained_cfg["input_size"][-1])
 
 
 @pytest.mark.parametrize("name", PACKAGED)

@@ -213,7 +213,7 @@ def limits(recipe: Recipe) -> str:
     others = [report.plain(Data(path=path).called) for path in recipe.evaluate.transfer]
     also = f"beside these on {verdict.listed(others)}" if others else "on nothing else"
     return f"""- The features know what is in {images}, with their biases, and were measured {also}.
-- It was trained and measured at {recipe.data.size} px alone; photographs are shrunk to that, and lose what is small.
+- It was trained and measured at {recipe.data.size} px; photographs are shrunk to that, and lose what is small.
 - Split, schedule, number of clusters and labelling are this project's choices, not the paper's.
 - {licence}"""
 

@@ -2,7 +2,8 @@
 
 Tables, and a verdict's sentences, stand between ``<!-- KIND: RECIPE -->`` and ``<!-- end -->``. ``finetune`` is made
 from ``hub_configs/RECIPE/finetune.jsonl``, every other kind from ``records.jsonl`` beside it; ``backbones`` from those
-of all the backbones of the package that its pattern matches, ``gains`` and ``controls`` from those of all such recipes.
+of all the backbones of the package that its pattern matches, and from ``larger.jsonl`` (of ``training.evaluate
+--data.size``), ``gains`` and ``controls`` from those of all such recipes.
 """
 
 import re
@@ -79,14 +80,17 @@ def gains_table(configs: Path, pattern: str) -> list[list[list[str]]]:
 
 
 def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
-    """The package's backbones, and what they gained."""
+    """The package's backbones, and what they gained; the same weights once more at the px of a `larger.jsonl`."""
     lines = [["backbone", "parameters", "px", "images", *HEADS]]
     for name in timm.list_pretrained(pattern):
-        rows = records.read(configs / name / "records.jsonl")
+        own, larger = (records.read(configs / name / f"{file}.jsonl") for file in ("records", "larger"))
         network = timm.create_model(name)
         count = sum(parameter.numel() for parameter in network.parameters())
-        size = network.pretrained_cfg["input_size"][-1]
-        lines.append([name, f"{count / 1e6:.1f} M", str(size), records.data_of(rows[0]), *gained(rows)])
+        sizes = {network.pretrained_cfg["input_size"][-1]: own}
+        if larger:
+            sizes[larger[0]["size"]] = [{**row, "arm": "sslpp"} for row in larger]  # evaluate calls it by its name
+        for size, rows in sizes.items():
+            lines.append([name, f"{count / 1e6:.1f} M", str(size), records.data_of(own[0]), *gained(rows)])
     return [lines]
 
 
