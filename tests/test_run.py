@@ -277,6 +277,7 @@ def test_evaluate_finds_the_figures_of_the_run_again(finished, picture_folder, t
     found = {(r["stage"], r["protocol"], r["split"], r["metric"]): r["value"] for r in records.read(out)}
     key = ("stage", "protocol", "split", "metric")
     assert found == {tuple(r[name] for name in key): r["value"] for r in own}  # to the last digit
+    assert {r["weights_sha256"] for r in records.read(out)} == {r["weights_sha256"] for r in own}
     assert done.stdout.count("hub") == 6
     refused = call(evaluate.main, folder / "hub", *options, "--residue", "none")
     assert (refused.returncode, "there is no task 'none'" in refused.stderr) == (2, True)

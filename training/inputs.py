@@ -13,7 +13,7 @@ from . import backbone as B
 from . import images, sources
 from .command import as_timm_names
 from .decoding import MARGIN
-from .files import Refused
+from .files import Refused, sha256_file
 from .images import Images
 from .launch import StopSignals, start
 from .loop import Context
@@ -67,6 +67,13 @@ def model(name: str, size: int | None = None, pretrained: bool = True, head: boo
             f"MODEL: {name} is a backbone, which knows no classes; python -m training.finetune makes it a classifier."
         )
     return network
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """sha256 of the file that the weights were read from, as runs record it; of the tensors where timm names none."""
+    file = Path(network.pretrained_cfg.get("file") or "none")
+    file = file / "model.safetensors" if file.is_dir() else file
+    return sha256_file(file) if file.is_file() else B.fingerprint(network.state_dict())
 
 
 def own_size(network: nn.Module) -> int:

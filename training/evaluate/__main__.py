@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import backbone as B
 from .. import inputs, proxies, recipe, records, report
 from ..command import Parser, check_data, guarded, model_parser, short_name
 from ..operations import on_device
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         transfer = load_transfer(made.evaluate.transfer, made.data, (train, test), context)
         over = Over((train, test), views, transfer=transfer)
         found = evaluate(on_device(network, context.accelerator.device, train.size), made.evaluate, over, context)
-        weights = B.fingerprint(network.state_dict())
+        weights = inputs.weights_sha256(network)
         shared = {"arm": short_name(given.model), "model": given.model, "phase": "evaluate", "round": 0, "seed": None}
         rows = [
             {
