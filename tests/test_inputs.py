@@ -56,8 +56,12 @@ def test_every_split_is_embedded_at_the_size_that_is_asked_for(folder, mixed, tm
 
 def test_evaluate_takes_a_size_and_records_it(folder, picture_folder, tmp_path, monkeypatch):
     seen, figure = [], {"stage": 0, "protocol": "knn", "settings": {"k": 1}, "split": "val", "metric": "top1"}
-    fake = lambda network, settings, over, context: seen.append(over.splits) or [{**figure, "value": 0.5}]  # noqa: E731
-    monkeypatch.setattr(evaluate, "evaluate", fake)
+
+    def measured(network, settings, over, context):
+        seen.append(over.splits)
+        return [{**figure, "value": 0.5}]
+
+    monkeypatch.setattr(evaluate, "evaluate", measured)
     out = ["--out", tmp_path / "records.jsonl"]
     for more, size in (([], 16), (["--data.size", "24"], 24)):
         for _ in range(2):  # what is measured again replaces what it is of, and nothing of another size

@@ -71,9 +71,11 @@ def model(name: str, size: int | None = None, pretrained: bool = True, head: boo
 
 def weights_sha256(network: nn.Module) -> str:
     """sha256 of the file that the weights were read from, as runs record it; of the tensors where timm names none."""
-    file = Path(network.pretrained_cfg.get("file") or "none")
-    file = file / "model.safetensors" if file.is_dir() else file
-    return sha256_file(file) if file.is_file() else B.fingerprint(network.state_dict())
+    told = network.pretrained_cfg.get("file")  # of a folder, the folder
+    for file in (Path(told), Path(told) / "model.safetensors") if told else ():
+        if file.is_file():
+            return sha256_file(file)
+    return B.fingerprint(network.state_dict())
 
 
 def own_size(network: nn.Module) -> int:
