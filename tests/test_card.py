@@ -149,11 +149,11 @@ def test_controls_are_shown_where_there_were_any():
     rows = [
         {**row, **cost, "arm": arm, "seed": seed, "value": value + seed / 100}
         for arm, value in (("scratch", 0.4), ("sslpp", 0.5))
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     ]
     title, told = card.comparison(rows)
     assert title == "### Beside its controls"
-    assert "sslpp (50.5 %) is above scratch (+10.0)" in told
+    assert "sslpp (51.0 %) is above scratch (+10.0)" in told
     assert card.comparison([]) == []
 
 

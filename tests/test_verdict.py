@@ -15,7 +15,7 @@ def test_where_sslpp_stands_is_what_the_interval_says():
     assert verdict.side([2.0, 3.0, 2.5]) == "above"
     assert verdict.side([-2.0, -3.0, -2.5]) == "below"
     assert verdict.side([2.0, 3.0, 1.0]) == "level with"  # a mean of 2 that the interval does not tell from 0
-    assert verdict.side([9.0]) == verdict.ONE_SEED
+    assert verdict.side([9.0]) == verdict.side([9.0, 9.1]) == verdict.FEW_SEEDS
 
 
 def test_so_many_seeds_as_are_told_would_tell_and_one_fewer_would_not():
@@ -37,11 +37,12 @@ def test_a_verdict_names_every_arm_on_its_side_and_what_would_tell_it_apart():
     linear, apart, knn, _, meaning = verdict.verdict(rows() + more + same + ahead)
     assert linear == (
         "Linear probe, pooled, 3 seeds: sslpp (62.0 %) is above random (+32.0); level with scratch (+2.0) and "
-        "keep_high (+0.0); below supervised (-20.0); not told from clusterfit (+30.0), of which there is one seed."
+        "keep_high (+0.0); below supervised (-20.0); not told from clusterfit (+30.0), of which there are fewer "
+        "than three seeds."
     )
     assert apart == (
         "What would tell these apart: as differences stand, about 4 seeds from scratch; for so small a difference as "
-        "that from keep_high over 30 seeds, or rather more images, harder ones or a longer training; at least two more "
+        "that from keep_high over 30 seeds, or rather more images, harder ones or a longer training; at least three "
         "seeds of clusterfit."
     )
     assert knn.startswith("Nearest neighbours (k = 20), pooled, 3 seeds: sslpp (52.0 %) is above random")
@@ -106,5 +107,5 @@ def test_each_arm_and_seed_is_drawn_where_its_difference_lies(tmp_path, monkeypa
     accuracy, cost = kept["operations"].axes
     assert "billions" in cost.get_xlabel()
     assert [text.get_text() for text in accuracy.texts] == ["62.0", "60.0", "30.0"]
-    for count, said in ((2, "95 % interval"), (1, "no interval is known")):
+    for count, said in ((3, "95 % interval"), (2, "no interval is known")):
         assert said in charts.draw(tmp_path, [r for r in rows() if r["seed"] < count])["stages"]

@@ -17,13 +17,14 @@ def draw(folder: Path, rows: contrast.Records) -> dict[str, str]:
     split = report.split_of(rows)
     arms, seeds = contrast.arms_and_seeds(rows)
     folder.mkdir(parents=True, exist_ok=True)
-    bars = "bars: 95 % interval over seeds" if len(seeds) > 1 else "one seed, so that no interval is known"
+    known = len(seeds) >= contrast.ENOUGH
+    bars = "bars: 95 % interval over seeds" if known else f"{contrast.FEWER}, so that no interval is known"
     captions = {}
     if "sslpp" in arms and len(arms) > 1:
         differences(folder / "differences.png", rows, split)
         captions["differences"] = (
             f"sslpp minus each arm, pooled features; small dots: seeds; {bars}. Green: sslpp is better; red: worse; "
-            "grey: level; hollow: one seed"
+            f"grey: level; hollow: {contrast.FEWER}"
         )
         by_stage(folder / "stages.png", rows, split)
         captions["stages"] = f"sslpp minus each arm by stage of the network, from its input to its output; {bars}"
@@ -37,7 +38,7 @@ def _controls(rows: contrast.Records) -> list[str]:
 
 
 def _bar(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval, 0 for one seed."""
+    """Mean, and half the width of its 95 % interval, 0 where there is none."""
     found = contrast.interval(values)
     return statistics.mean(values), (found[1] - found[0]) / 2 if found else 0.0
 
@@ -56,12 +57,13 @@ def differences(path: Path, rows: contrast.Records, split: str) -> None:
             if not values:
                 continue
             mean, half = _bar(values)
-            side = int(mean - half > 0) - int(mean + half < 0) if len(values) > 1 else 0
+            known = len(values) >= contrast.ENOUGH
+            side = int(mean - half > 0) - int(mean + half < 0) if known else 0
             colour = SIDES[-side if name.startswith("residue") else side]
             axis.plot(values, [place] * len(values), "o", ms=3, color=colour, alpha=0.35)
-            fill = colour if len(values) > 1 else "white"
+            fill = colour if known else "white"
             axis.errorbar(mean, place, xerr=half or None, fmt="o", ms=6, capsize=3, color=colour, mfc=fill)
-            told = f"{mean:+.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+            told = f"{mean:+.1f}" + (f" ± {half:.1f}" if known else "")
             axis.text(1.02, place, told, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
         axis.set_xscale("symlog", linthresh=2, linscale=0.8)  # ±1 beside ±20
         most = max(abs(edge) for edge in axis.get_xlim())

@@ -12,7 +12,8 @@ from .evaluate.label_free import LEADING
 
 Records = list[dict[str, Any]]
 KNN = 20
-ENOUGH = 3  # seeds, for an interval to be worth showing: that of two tells next to nothing
+ENOUGH = 3  # seeds, for an interval: that of two is so wide that it tells next to nothing
+FEWER = "fewer than three seeds"
 WITHOUT_LABELS = "label_free pooled"
 METRICS = {
     "linear pooled": "linear probe, pooled",
@@ -60,9 +61,9 @@ def arms_and_seeds(rows: Records) -> tuple[list[str], list[int]]:
 
 
 def interval(differences: list[float]) -> tuple[float, float] | None:
-    """The 95 % t interval of the mean of paired differences; None for fewer than two."""
+    """The 95 % t interval of the mean of paired differences; None for fewer than `ENOUGH`."""
     count = len(differences)
-    if count < 2:
+    if count < ENOUGH:
         return None
     mean = sum(differences) / count
     deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1))
@@ -74,7 +75,7 @@ def told(differences: list[float]) -> tuple[str, str]:
     """The interval of the mean of paired differences, and whether it excludes 0."""
     found = interval(differences)
     if found is None:
-        return "one seed", "?"
+        return "one seed" if len(differences) == 1 else "two seeds", "?"
     return f"{found[0]:+.1f} to {found[1]:+.1f}", "no" if found[0] <= 0 <= found[1] else "yes"
 
 
@@ -255,8 +256,7 @@ def step(rows: Records, name: str) -> str:
         return ""
     arms = ("proxy", "sslpp")
     before, after = (statistics.mean(metric(rows, arm, seed, name, split) for seed in differences) for arm in arms)
-    count = len(differences)
-    between = f"; {told(list(differences.values()))[0]}" if count >= ENOUGH else "; two seeds" if count == 2 else ""
+    between = f"; {told(list(differences.values()))[0]}" if len(differences) > 1 else ""
     return f"{before:.1f} → {after:.1f} ({after - before:+.1f}{between})"
 
 

@@ -10,6 +10,7 @@ from scipy import stats
 
 from . import charts, records, report
 from .contrast import (
+    FEWER,
     METRICS,
     Records,
     arms_and_seeds,
@@ -28,7 +29,7 @@ from .contrast import (
 from .files import write_text
 
 MOST_SEEDS = 30  # more than these nobody runs to tell two arms apart
-ONE_SEED = "not told from"
+FEW_SEEDS = "not told from"
 MEANING = (
     "Above and below mean that the 95 % t interval of the difference, paired by seed, excludes 0, as one in twenty "
     "does by chance; level with, that it does not, which does not make two arms equal."
@@ -43,7 +44,7 @@ def side(differences: list[float]) -> str:
     """Where sslpp stands beside an arm, by the interval of its paired differences over it."""
     found = interval(differences)
     if found is None:
-        return ONE_SEED
+        return FEW_SEEDS
     return "above" if found[0] > 0 else "below" if found[1] < 0 else "level with"
 
 
@@ -65,25 +66,25 @@ def compared(found: dict[str, list[float]]) -> str:
     sides: dict[str, list[str]] = {}
     for arm, differences in found.items():
         sides.setdefault(side(differences), []).append(f"{arm} ({statistics.mean(differences):+.1f})")
-    known = [where for where in ("above", "level with", "below", ONE_SEED) if where in sides]
+    known = [where for where in ("above", "level with", "below", FEW_SEEDS) if where in sides]
     told = "; ".join(f"{where} {listed(sides[where])}" for where in known)
-    return told + (", of which there is one seed" if ONE_SEED in sides else "")
+    return told + (f", of which there are {FEWER}" if FEW_SEEDS in sides else "")
 
 
 def telling_apart(found: dict[str, list[float]]) -> str:
-    """What would tell sslpp from the arms that it is level with, or that have one seed; "" where there are none."""
+    """What would tell sslpp from the arms that it is level with, or that have few seeds; "" where there are none."""
     level = {arm: seeds_to_tell(values) for arm, values in found.items() if side(values) == "level with"}
     some = [f"about {count} seeds from {arm}" for arm, count in level.items() if count]
     many = [arm for arm, count in level.items() if not count]
-    one = [arm for arm, values in found.items() if side(values) == ONE_SEED]
+    few = [arm for arm, values in found.items() if side(values) == FEW_SEEDS]
     parts = [f"as differences stand, {listed(some)}"] if some else []
     if many:
         parts.append(
             f"for so small a difference as that from {listed(many)} over {MOST_SEEDS} seeds, or rather more images, "
             "harder ones or a longer training"
         )
-    if one:
-        parts.append(f"at least two more seeds of {listed(one)}")
+    if few:
+        parts.append(f"at least three seeds of {listed(few)}")
     return "; ".join(parts)
 
 
