@@ -55,23 +55,47 @@ def classify(images, **settings):
     return T.Classify(network, T.Finetune(**{"views": CALM, "batch_size": 8, **settings}), images, 0)
 
 
-def test_the_result_is_a_folder_whose_predictions_timm_reproduces(finished, picture_folder):
-    folder, done = finished
-    model = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
+def told_right(folder, pictures):
+    """The share of pictures that plain timm tells right by a classifier's folder."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     names = model.pretrained_cfg["label_names"]
     assert list(names) == [f"class {i}" for i in range(4)]
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     right = total = 0
-    for path in sorted((picture_folder / "test").rglob("*.png")):
+    for path in sorted((pictures / "test").rglob("*.png")):
         with torch.no_grad():
             guess = model(transform(Image.open(path).convert("RGB")).unsqueeze(0)).argmax()
         right, total = right + (names[guess] == path.parent.name), total + 1
+    return right / total
+
+
+def test_the_result_is_a_folder_whose_predictions_timm_reproduces(finished, picture_folder):
+    folder, done = finished
     rows = records.read(folder / "records.jsonl")
     found = records.value(rows, stage="best", split="test")
-    assert right / total == pytest.approx(found)
+    assert told_right(folder / "best", picture_folder) == pytest.approx(found)
     assert f"best, test: {100 * found:.2f} %" in done.stdout
-    told = {"labels": 1.0, "epochs": 3.0, "scratch": False, "lr": 0.01, "layer_decay": 0.75}
-    assert [row["settings"] for row in rows] == [told] * 4
+    told = {"labels": 1.0, "epochs": 3.0, "scratch": False, "lr": 0.01, "layer_decay": 0.75, "head_first": 0.0}
+    assert [(row["settings"], row["size"]) for row in rows] == [(told, 16)] * 4
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])  # the second is built for one size
+def test_a_size_that_is_not_the_models_own_becomes_the_classifiers(name, picture_folder, tmp_path):
+    torch.manual_seed(0)
+    (tmp_path / "model").mkdir()
+    B.save(B.create(Model(name), 16), tmp_path / "model", make_images())
+    run = tmp_path / "run"
+    shared = [T.main, tmp_path / "model", "--data.path", picture_folder, "--run", run]
+    done = call(*shared, *TINY, "--data.size", "32")
+    assert done.returncode == 0, done.stderr
+    assert "images at 32 px, instead of the model's 16;" in done.stdout
+    assert read_json(run / "best" / "config.json")["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    rows = records.read(run / "records.jsonl")
+    assert {row["size"] for row in rows} == {32}
+    assert told_right(run / "best", picture_folder) == pytest.approx(records.value(rows, stage="best", split="test"))
+    assert call(*shared, "--config", run / "recipe.yaml").returncode == 0
+    other = call(*shared, *TINY)
+    assert (other.returncode, "seen as: " in other.stderr) == (2, True)
 
 
 def test_pictures_larger_than_the_network_sees_are_seen_as_timm_shows_them(backbone, context, tmp_path):
@@ -83,7 +107,8 @@ def test_pictures_larger_than_the_network_sees_are_seen_as_timm_shows_them(backb
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draws.integers(0, 255, (5, 7, 3), dtype=np.uint8)).resize((84, 60)).save(path)
     network = B.create(Model(f"local-dir:{tmp_path / 'wide'}", pretrained=True), None)
-    images = T.load_images(network, T.Finetune(data=Data(path=str(tmp_path / "data"))), context)[0]["train"]
+    settings = T.Finetune(data=Data(path=str(tmp_path / "data"), size=16))
+    images = T.load_images(network, settings, context)[0]["train"]
     folder = tmp_path / "saved"
     folder.mkdir()
     B.save(network, folder, images)

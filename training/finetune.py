@@ -46,13 +46,12 @@ from .recipe import flatten, to_yaml
 from .setup import check_fits, check_split
 from .task import ViewTask, check_norms
 
-# A classifier's head stands on the backbone itself; the model says the size.
-UNUSED = ("mlp_layers", "mlp_dim", "data.size")
+UNUSED = ("mlp_layers", "mlp_dim")  # a classifier's head stands on the backbone itself
 
 
 def command() -> Parser:
     description = "Fine-tune a backbone on labelled images; the result is a folder that timm loads."
-    parser = model_parser("finetune", description, "[--config RECIPE]")
+    parser = model_parser("finetune", description, "[--config RECIPE]", sizes=True)
     parser.add_argument("--config", action="config", help="Recipe, a YAML file; later options override it.")
     parser.add_class_arguments(Finetune, as_group=False, skip={"data", *UNUSED})
     return parser.show("model", "data.path", "run", "epochs", "lr", "batch_size", "freeze", "labels", "precision")
@@ -89,8 +88,9 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     folder = run_folder(name, settings)
     key = Key(settings.seed, "finetune")
     seed_all(key.number("weights"))
-    network = inputs.model(name, pretrained=not settings.scratch)
-    precision = launch.resolve_precision(settings.precision, suited(network, inputs.own_size(network))[1])
+    network = inputs.model(name, settings.data.size, pretrained=not settings.scratch)
+    own = inputs.own_size(network)
+    precision = launch.resolve_precision(settings.precision, suited(network, settings.data.size or own)[1])
     accelerator = launch.start(precision, settings.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, settings.log.every, settings.checkpoint_every)
     with nothing_left(folder):
@@ -121,10 +121,11 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
     classes = len(splits["train"].label_names)
     view = costs.seconds_of_view(network, splits["train"], [settings], accelerator)
     views = settings.epochs * (len(indices) + len(splits["train"].val) / 3)  # each epoch looks at what is held out
+    expected = "as the model expects them" if splits["train"].size == own else f"instead of the model's {own}"
     context.say(
         f"{records.device_name(accelerator.device.type)}; {precision}; processes {accelerator.num_processes}; threads "
         f"{torch.get_num_threads()}; batch {settings.batch_size}; {len(indices)} labels of {classes} classes; images "
-        f"at {splits['train'].size} px, as the model expects them; training takes about "
+        f"at {splits['train'].size} px, {expected}; training takes about "
         f"{costs.duration(views * view)}; {folder}"
     )
     context.say(needs)
@@ -194,12 +195,12 @@ def reads(
 
 
 def load_images(network: nn.Module, settings: Finetune, context: Context) -> tuple[dict[str, Images], Tensor]:
-    """The splits as the network expects them, and the training images whose labels may be used.
+    """The splits as the network is to see them, and the training images whose labels may be used.
 
     Raises:
         Refused: labels are missing, or do not match between the splits.
     """
-    train, test = inputs.load_for(network, settings.data, context, own_crop=True, tuning=True)
+    train, test = inputs.load_for(network, settings.data, context, settings.data.size, own_crop=True, tuning=True)
     check_split(settings.data, train)
     splits = {"train": train, **({"test": test} if test else {})}
     for split, images in splits.items():

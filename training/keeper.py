@@ -66,7 +66,8 @@ class Keeper:
         shown: dict[str, classifier.Answers] = {}  # of the last of the splits
         marker, settings = read_json(self.context.folder / "finetune.json"), self.settings
         cost, schedules = marker["budget"], longer.schedules([(self.context.folder / "finetune.json", "epochs")])
-        told = {name: getattr(settings, name) for name in ("labels", "epochs", "scratch", "lr", "layer_decay")}
+        names = ("labels", "epochs", "scratch", "lr", "layer_decay", "head_first")
+        told = {name: getattr(settings, name) for name in names}
         splits = ("val", *(s for s in self.splits if s != "train"))
         for name in ("last", "best"):
             folder = self.context.folder / name
@@ -84,6 +85,7 @@ class Keeper:
                 "stage": name,
                 "protocol": "finetune",
                 "settings": told,
+                "size": train.size,
             }
             spent = {
                 "images_seen": round(cost["images"]),

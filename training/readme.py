@@ -38,6 +38,7 @@ def fine_tuned(rows: contrast.Records) -> dict[str, dict[float, list[float]]]:
     for row in rows:
         if (row["stage"], row["split"], row["metric"]) == ("last", "test", "top1"):
             start = short_name(row["model"]) + (", from scratch" if row["settings"]["scratch"] else "")
+            start += f", at {row['size']} px" if "size" in row else ""
             found.setdefault(start, {}).setdefault(float(row["settings"]["labels"]), []).append(100 * row["value"])
     return found
 
