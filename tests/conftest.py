@@ -27,11 +27,13 @@ from PIL import Image
 
 from tests.hub_server import Hub
 from training import __main__ as training
+from training import backbone as B
 from training import launch
 from training.command import guarded
 from training.images import Images
 from training.loop import Context
 from training.pixels import Pixels
+from training.recipe import Model
 
 ROOT = Path(__file__).parent.parent
 gc.freeze()  # what is imported stays: the loop collects garbage at its end, and need not go through it
@@ -96,6 +98,7 @@ def picture_folder(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+TUNING = ["--epochs", "3", "--batch_size", "8", "--lr", "0.01", "--data.val_fraction", "0.2", "--log.every", "1"]
 TINY_RUN = [
     "--model.name", "test_resnet",
     "--data.size", "16",
@@ -150,6 +153,15 @@ def tiny_run(folder, data, *more):
 def write_png(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(array, np.uint8)).save(path)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """A backbone's folder, for 16 px; change a copy."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    B.save(B.create(Model("test_resnet"), 16), folder, make_images(), license="apache-2.0")
+    return folder
 
 
 @pytest.fixture(scope="session")

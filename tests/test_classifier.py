@@ -13,12 +13,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-from tests.conftest import call, make_images
-from training import backbone as B
+from tests.conftest import TUNING, call, make_images
 from training import classifier as C
 from training import finetune, guesses, predict, push, records
 from training.files import read_lines
-from training.recipe import Model
 
 NAMES = ["$x_$", "a|b <i>c", "class 2", "class 3"]  # the first two are no friends of Markdown and of matplotlib
 
@@ -33,18 +31,9 @@ def data(picture_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    B.save(B.create(Model("test_resnet"), 16), folder, make_images(), license="apache-2.0")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tuned(backbone, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tuned"
-    options = ["--epochs", "2", "--batch_size", "8", "--lr", "0.01", "--data.val_fraction", "0.2", "--log.every", "1"]
-    done = call(finetune.main, backbone, *options, "--data.path", data, "--run", folder)
+    done = call(finetune.main, backbone, *TUNING, "--data.path", data, "--run", folder)
     assert done.returncode == 0, done.stderr
     return folder, done
 

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 
-import datasets
 import numpy as np
 import pytest
 import timm
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tests.conftest import call, make_images, write_png
+from tests.conftest import TUNING, call, make_images
 from training import backbone as B
 from training import finetune as T
 from training import loop, records, views
@@ -22,22 +21,13 @@ from training.files import read_json, read_lines
 from training.launch import Key
 from training.recipe import Data, Model, Views
 
-TINY = ["--epochs", "3", "--batch_size", "8", "--lr", "0.01", "--data.val_fraction", "0.2", "--log.every", "1"]
 CALM = Views(crop_scale=(0.5, 1.0), jitter=0.0, grey=0.0)
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    B.save(B.create(Model("test_resnet"), 16), folder, make_images())
-    return folder
 
 
 @pytest.fixture(scope="module")
 def finished(backbone, picture_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tuned"
-    done = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder)
+    done = call(T.main, backbone, *TUNING, "--data.path", picture_folder, "--run", folder)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -86,7 +76,7 @@ def test_a_size_that_is_not_the_models_own_becomes_the_classifiers(name, picture
     B.save(B.create(Model(name), 16), tmp_path / "model", make_images())
     run = tmp_path / "run"
     shared = [T.main, tmp_path / "model", "--data.path", picture_folder, "--run", run]
-    done = call(*shared, *TINY, "--data.size", "32")
+    done = call(*shared, *TUNING, "--data.size", "32")
     assert done.returncode == 0, done.stderr
     assert "images at 32 px, instead of the model's 16;" in done.stdout
     assert read_json(run / "best" / "config.json")["pretrained_cfg"]["input_size"] == [3, 32, 32]
@@ -94,7 +84,7 @@ def test_a_size_that_is_not_the_models_own_becomes_the_classifiers(name, picture
     assert {row["size"] for row in rows} == {32}
     assert told_right(run / "best", picture_folder) == pytest.approx(records.value(rows, stage="best", split="test"))
     assert call(*shared, "--config", run / "recipe.yaml").returncode == 0
-    other = call(*shared, *TINY)
+    other = call(*shared, *TUNING)
     assert (other.returncode, "seen as: " in other.stderr) == (2, True)
 
 
@@ -136,12 +126,12 @@ def test_accuracy_is_measured_after_each_epoch_and_the_best_is_kept(finished):
 def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finished, backbone, picture_folder):
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
-    again = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder)
+    again = call(T.main, backbone, *TUNING, "--data.path", picture_folder, "--run", folder)
     assert again.returncode == 0, again.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before
     kept = (folder / "records.jsonl").read_bytes()
     for change, said in (("--layer_decay", "layer_decay"), ("--data.val_fraction", "targets")):
-        other = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", folder, change, "0.5")
+        other = call(T.main, backbone, *TUNING, "--data.path", picture_folder, "--run", folder, change, "0.5")
         assert (other.returncode, said in other.stderr) == (2, True)
     assert (folder / "records.jsonl").read_bytes() == kept
     row = records.read(folder / "records.jsonl")[0]
@@ -163,7 +153,7 @@ def test_a_finished_run_is_not_measured_as_another_one(spoil, said, finished, ba
         shutil.copytree(source, copy)
     spoil(run, data, model)
     kept = (run / "records.jsonl").read_bytes()
-    done = call(T.main, model, *TINY, "--data.path", data, "--run", run)
+    done = call(T.main, model, *TUNING, "--data.path", data, "--run", run)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert said in done.stderr
     assert (run / "records.jsonl").read_bytes() == kept
@@ -179,7 +169,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(finished, backbone, picture
         return real(self, step, total)
 
     monkeypatch.setattr(T.Keeper, "look", stop_after_the_first)
-    command = (T.main, backbone, *TINY, "--data.path", picture_folder, "--run", tmp_path / "torn")
+    command = (T.main, backbone, *TUNING, "--data.path", picture_folder, "--run", tmp_path / "torn")
     assert call(*command).returncode == 143
     assert call(*command).returncode == 0
     for name in ("best", "last"):
@@ -192,7 +182,7 @@ def test_a_classifier_keeps_the_licence_of_its_backbone(backbone, picture_folder
     config["pretrained_cfg"]["license"] = "other"
     shutil.copytree(backbone, tmp_path / "research")
     (tmp_path / "research" / "config.json").write_text(json.dumps(config))
-    options = [*TINY, "--epochs", "1", "--data.path", picture_folder]
+    options = [*TUNING, "--epochs", "1", "--data.path", picture_folder]
     for name, more, licence in (("tuned", [], "other"), ("scratch", ["--scratch", "true"], None)):
         done = call(T.main, tmp_path / "research", *options, *more, "--run", tmp_path / name)
         assert done.returncode == 0, done.stderr
@@ -264,99 +254,6 @@ def test_the_head_is_trained_first_and_frozen_stages_never(context):
     assert {"fc.weight", "layer4.0.conv1.weight", "layer4.0.bn1.running_mean"} <= moved
 
 
-def test_a_share_of_the_labels_is_a_share_of_each_class(tiny, context, monkeypatch):
-    monkeypatch.setattr(T.inputs, "load_for", lambda *args, **kwargs: (tiny, None))
-    network = B.create(Model("test_resnet"), 16)
-    _, every = T.load_images(network, T.Finetune(), context)
-    assert torch.equal(every, tiny.train)
-    _, half = T.load_images(network, T.Finetune(labels=0.5), context)
-    _, again = T.load_images(network, T.Finetune(labels=0.5, seed=9), context)
-    counts, whole = (torch.bincount(tiny.labels[i], minlength=4) for i in (half, every))
-    assert torch.equal(half, again)
-    assert all(abs(c - w / 2) <= 0.5 for c, w in zip(counts.tolist(), whole.tolist(), strict=True))
-
-
-def parquet(folder, labels, test=None):
-    folder.mkdir()
-    for split, values in (("train", labels), ("test", test)):
-        if values is not None:
-            pictures = [Image.new("RGB", (16, 16), (i, i, i)) for i in range(len(values))]
-            rows = datasets.Dataset.from_dict({"image": pictures, **({"label": values} if any(values) else {})})
-            rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("labels", "test", "said"),
-    [
-        ([None] * 12, None, "the train split has no labels of two classes or more"),
-        (["a"] * 12, None, "the train split has no labels of two classes or more"),
-        ([["a"], ["a", "b"]] * 6, None, "the train split has no labels of two classes or more"),
-        (["a", "b"] * 6, ["a", "c"], "the split 'test' has the class 'c', which is not among the training split's"),
-        (["a", "b"] * 6, [None, None], "data.test_split: the test split has no labels"),
-    ],
-)
-def test_labels_that_are_missing_or_do_not_match_are_refused(backbone, tmp_path, labels, test, said):
-    data = parquet(tmp_path / "data", labels, test)
-    named = ["--data.test_split", "test"] if test else []
-    done = call(T.main, backbone, *TINY, *named, "--data.path", data, "--run", tmp_path / "run")
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("none", [None, "", math.nan])
-def test_images_without_a_label_are_left_out_and_counted(backbone, tmp_path, none):
-    values = [0.0, 1.0] if none is not None and none != "" else ["a", "b"]
-    data = parquet(tmp_path / "data", [*values, none] * 10, [*values, none])
-    done = call(T.main, backbone, *TINY, "--data.path", data, "--run", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert "10 of 30 images of the train split have no label and are left out" in done.stdout
-    assert "1 of 3 images of the test split have no label" in done.stdout
-
-
-def test_a_class_without_an_image_to_learn_from_is_warned_of(backbone, tmp_path):
-    for name in "abc":
-        for i in range(12):
-            write_png(tmp_path / "data" / name / f"{i}.png", np.full((16, 16, 3), 10 * i))
-    for path in (tmp_path / "data" / "c").iterdir():
-        path.write_bytes(b"broken")
-    options = [*TINY, "--data.path", tmp_path / "data", "--data.max_bad_fraction", "1", "--run", tmp_path / "run"]
-    done = call(T.main, backbone, *options)
-    assert done.returncode == 0, done.stderr
-    assert "warning: 1 classes have no image to learn from, and are never learned: c" in done.stdout
-
-
-@pytest.mark.parametrize("options", [[], ["--data.test_split", "none"]])
-def test_a_test_split_without_labels_is_left_out(options, backbone, tmp_path):
-    data = parquet(tmp_path / "data", ["a", "b"] * 12, [None, None])
-    done = call(T.main, backbone, *TINY, *options, "--data.path", data, "--run", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert "test: not used" in done.stdout
-    assert {row["split"] for row in records.read(tmp_path / "run" / "records.jsonl")} == {"val"}
-
-
-def test_a_validation_split_chooses_and_the_test_split_is_measured_once(backbone, tmp_path, monkeypatch):
-    data = tmp_path / "data"
-    for split, count in (("train", 24), ("val", 6), ("test", 4)):
-        for i in range(count):
-            write_png(data / split / "ab"[i % 2] / f"{i}.png", np.full((16, 16, 3), 40 + 150 * (i % 2)))
-    measured = []
-    real = T.Keeper.answers
-    monkeypatch.setattr(T.Keeper, "answers", lambda self, net, split: measured.append(split) or real(self, net, split))
-    options = [x for x in TINY if x not in ("--data.val_fraction", "0.2")]
-    done = call(T.main, backbone, *options, "--data.path", data, "--run", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert "train: training (24 read); val: validation (6 read); test: test (4 read)" in done.stdout
-    assert "best, validation: " in done.stdout
-    assert "last, test: " in done.stdout
-    assert measured[:-4] == ["val"] * (len(measured) - 4)  # no test split before the end
-    found = records.read(tmp_path / "run" / "records.jsonl")
-    assert {r["split"] for r in found} == {"val", "test"}
-    refused = call(T.main, backbone, *TINY, "--data.path", data, "--run", tmp_path / "x", "--data.val_fraction", "0.2")
-    assert (refused.returncode, "data.val_fraction: the split 'val' is what is held out" in refused.stderr) == (2, True)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -378,7 +275,7 @@ def test_a_validation_split_chooses_and_the_test_split_is_measured_once(backbone
     ],
 )
 def test_what_cannot_work_is_refused_and_blocks_nothing(options, said, backbone, picture_folder, tmp_path):
-    done = call(T.main, backbone, *TINY, "--data.path", picture_folder, "--run", tmp_path / "run", *options)
+    done = call(T.main, backbone, *TUNING, "--data.path", picture_folder, "--run", tmp_path / "run", *options)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert said in done.stderr
     assert not list(tmp_path.glob("run/*.json"))
@@ -393,7 +290,7 @@ def test_mixing_averaging_and_freezing_resume_too(options, backbone, picture_fol
         return real(self, step, total)
 
     monkeypatch.setattr(T.Keeper, "look", stop_the_torn_one)
-    command = (T.main, backbone, *TINY, *options, "--data.path", picture_folder, "--run")
+    command = (T.main, backbone, *TUNING, *options, "--data.path", picture_folder, "--run")
     assert call(*command, tmp_path / "whole").returncode == 0
     assert [call(*command, tmp_path / "torn").returncode for _ in range(3)] == [143, 143, 0]
     one, other = (tmp_path / name / "last" / "model.safetensors" for name in ("whole", "torn"))
@@ -401,7 +298,7 @@ def test_mixing_averaging_and_freezing_resume_too(options, backbone, picture_fol
 
 
 def test_what_memory_cannot_hold_is_refused_with_what_would(backbone, picture_folder, tmp_path, monkeypatch):
-    run = (T.main, backbone, *TINY, "--epochs", "1", "--data.path", picture_folder, "--run", tmp_path / "run")
+    run = (T.main, backbone, *TUNING, "--epochs", "1", "--data.path", picture_folder, "--run", tmp_path / "run")
     (need,) = re.findall(r"about (\d+) MB of .* on the host \(training: a step of 8 images\)", call(*run).stdout)
     monkeypatch.setattr(T.peaks, "free_memory", lambda: 1e6)
     assert 0 < int(need) < 100
@@ -415,7 +312,7 @@ def test_what_memory_cannot_hold_is_refused_with_what_would(backbone, picture_fo
 
 
 def test_weights_that_are_random_have_no_statistics_to_keep(backbone, tmp_path):
-    done = call(T.main, backbone, *TINY, "--scratch", "true", "--norm", "stored", "--data.path", tmp_path)
+    done = call(T.main, backbone, *TUNING, "--scratch", "true", "--norm", "stored", "--data.path", tmp_path)
     assert done.returncode == 2
     assert "error: norm: batch norms that begin at random" in done.stderr
 
@@ -425,7 +322,7 @@ def test_from_scratch_the_weights_are_random_but_repeat_by_seed(backbone, pictur
     for number, seed in enumerate((1, 1, 2)):
         run = tmp_path / str(number)
         done = call(
-            T.main, backbone, *TINY, "--epochs", "1", "--scratch", "true", "--seed", seed,
+            T.main, backbone, *TUNING, "--epochs", "1", "--scratch", "true", "--seed", seed,
             "--data.path", picture_folder, "--run", run,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -4,21 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import call, make_images, write_png
-from training import backbone as B
+from tests.conftest import call, write_png
 from training import embed, inputs, records
 from training.evaluate import __main__ as evaluate
 from training.extraction import plain_batch
-from training.recipe import Data, Model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A backbone for 16 px."""
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    B.save(B.create(Model("test_resnet"), 16), folder, make_images())
-    return folder
+from training.recipe import Data
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +23,9 @@ def mixed(tmp_path_factory):
     return folder
 
 
-def test_every_split_is_embedded_at_the_size_that_is_asked_for(folder, mixed, tmp_path, context):
+def test_every_split_is_embedded_at_the_size_that_is_asked_for(backbone, mixed, tmp_path, context):
     options = ["--data.path", mixed, "--out", tmp_path / "out.npz"]
-    done = call(embed.main, folder, *options, "--data.size", 24)
+    done = call(embed.main, backbone, *options, "--data.size", 24)
     assert done.returncode == 0, done.stderr
     assert "trained at 16 px and is asked at 24 px" in done.stdout
     assert done.stdout.count("4 of 4 images are larger than the 24 px that the model sees") == 1
@@ -45,16 +35,16 @@ def test_every_split_is_embedded_at_the_size_that_is_asked_for(folder, mixed, tm
         ]  # fmt: skip
         rows = torch.from_numpy(found["features"])
     assert rows.isnan().any(1).tolist() == [False] * 5 + [True, False]
-    network = inputs.model(str(folder), 24)
+    network = inputs.model(str(backbone), 24)
     splits = dict(zip(*inputs.every_split(network, Data(path=str(mixed)), context, 24), strict=True))
     with torch.no_grad():
         expected = network(plain_batch(splits["train"], torch.arange(4), torch.device("cpu")))
     assert torch.allclose(rows[:4], expected, atol=1e-4)
-    alone = call(embed.main, folder, *options, "--data.split", "val")
+    alone = call(embed.main, backbone, *options, "--data.split", "val")
     assert (alone.returncode, "3 rows" in alone.stdout, "size" in alone.stdout) == (0, True, False)
 
 
-def test_evaluate_takes_a_size_and_records_it(folder, picture_folder, tmp_path, monkeypatch):
+def test_evaluate_takes_a_size_and_records_it(backbone, picture_folder, tmp_path, monkeypatch):
     seen, figure = [], {"stage": 0, "protocol": "knn", "settings": {"k": 1}, "split": "val", "metric": "top1"}
 
     def measured(network, settings, over, context):
@@ -65,7 +55,7 @@ def test_evaluate_takes_a_size_and_records_it(folder, picture_folder, tmp_path, 
     out = ["--out", tmp_path / "records.jsonl"]
     for more, size in (([], 16), (["--data.size", "24"], 24)):
         for _ in range(2):  # what is measured again replaces what it is of, and nothing of another size
-            done = call(evaluate.main, folder, "--data.path", picture_folder, *out, *more)
+            done = call(evaluate.main, backbone, "--data.path", picture_folder, *out, *more)
             assert done.returncode == 0, done.stderr
             assert [split.size for split in seen[-1]] == [size, size]
     assert [row["size"] for row in records.read(out[1])] == [16, 24]
