@@ -71,6 +71,12 @@ def test_tables_show_the_last_round_of_each_arm():
     assert markdown.splitlines()[1] == "|---|---:|---:|---:|"
 
 
+def test_tables_show_the_means_of_several_seeds():
+    rows = [record("sslpp", stage, 0.5 + stage / 10, number=1, C=0.1) for stage in (0, 1)]
+    rows += [{**r, "seed": 1, "value": r["value"] + 0.1 * r["stage"]} for r in rows]
+    assert report.tables(rows, ["sslpp"])[0][1][1] == ["sslpp", "50.0", "65.0", ""]
+
+
 def test_what_a_table_shows_is_told_under_the_first_of_its_kind():
     _, found = report.run_tables(a_run(), "sslpp")
     told = list(report.explained(found))

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+import statistics
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def tables(records: Records, arms: list[str], protocols: Collection[str] = TITLE
     """(protocol, rows) of tables with a row for each arm and a column for each stage and the pooled features.
 
     One for each number of neighbours, each other data set that features were transferred to, and for balanced accuracy
-    where classes are of unequal size.
+    where classes are of unequal size; of several seeds the means.
     """
     shown = [r for arm in arms for r in last_round(records, arm)]
     stages = sorted({r["stage"] for r in shown if r["stage"] != "pooled"})
@@ -87,9 +88,10 @@ def tables(records: Records, arms: list[str], protocols: Collection[str] = TITLE
             lines = [[title, *(f"stage {s}" for s in stages), "pooled"]]
             for arm in arms:
                 scale = 1 if protocol == "rankme" else 100
-                values = {r["stage"]: r["value"] * scale for r in rows if r["arm"] == arm}
-                if values:
-                    lines.append([arm, *(f"{values[s]:.1f}" if s in values else "" for s in (*stages, "pooled"))])
+                own = [r for r in rows if r["arm"] == arm]
+                found = [[scale * r["value"] for r in own if r["stage"] == stage] for stage in (*stages, "pooled")]
+                if own:
+                    lines.append([arm, *(f"{statistics.mean(values):.1f}" if values else "" for values in found)])
             result.append((protocol, lines))
     return result
 
