@@ -1,6 +1,7 @@
 """Arms: what each changes, and that all see equally many images."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -12,6 +13,7 @@ from training.recipe import Proxy
 COUNTS = A.Counts(training=1000, usable=1100, seen=lambda proxy: 1.0, other="rotation")
 
 
+@functools.cache  # arms are built from copies
 def method(**changes):
     arguments = ["--data.path", "digits", "--proxy.epochs", "5", "--relearn.epochs", "7", "--clusters.k", "[30,100,10]"]
     arguments += ["--relearn.reinit", "high"]
