@@ -76,7 +76,7 @@ def test_a_size_that_is_not_the_models_own_becomes_the_classifiers(name, picture
     B.save(B.create(Model(name), 16), tmp_path / "model", make_images())
     run = tmp_path / "run"
     shared = [T.main, tmp_path / "model", "--data.path", picture_folder, "--run", run]
-    done = call(*shared, *TUNING, "--data.size", "32")
+    done = call(*shared, *TUNING, "--epochs", "1", "--data.size", "32")
     assert done.returncode == 0, done.stderr
     assert "images at 32 px, instead of the model's 16;" in done.stdout
     assert read_json(run / "best" / "config.json")["pretrained_cfg"]["input_size"] == [3, 32, 32]
@@ -84,7 +84,7 @@ def test_a_size_that_is_not_the_models_own_becomes_the_classifiers(name, picture
     assert {row["size"] for row in rows} == {32}
     assert told_right(run / "best", picture_folder) == pytest.approx(records.value(rows, stage="best", split="test"))
     assert call(*shared, "--config", run / "recipe.yaml").returncode == 0
-    other = call(*shared, *TUNING)
+    other = call(*shared, *TUNING, "--epochs", "1")
     assert (other.returncode, "seen as: " in other.stderr) == (2, True)
 
 
