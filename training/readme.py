@@ -85,7 +85,7 @@ def shown_larger(folder: Path) -> contrast.Records:
     return [{**row, "arm": "sslpp"} for row in records.read(folder / "larger.jsonl")]  # evaluate calls it by its name
 
 
-def in_words(own: contrast.Records, larger: contrast.Records) -> str:
+def gained_by_size(own: contrast.Records, larger: contrast.Records) -> str:
     """What a backbone gains by being shown larger than in training, for its card."""
     found = dict(zip(HEADS, zip(gained(larger), gained(own), strict=True), strict=True))
     linear, knn = (" instead of ".join(found[f"{probe}, SSL++"]) for probe in PROBES)
@@ -176,7 +176,7 @@ def shipped_card(folder: Path) -> str:
     own, compared = (records.read(at / "records.jsonl") for at in (folder, folder.with_name(f"{folder.name}_20k")))
     made = parse(["--config", str(folder / "recipe.yaml"), "--data.path", records.data_of(own[0])])
     if larger := shown_larger(folder):
-        made.card.about += f"\n{in_words(own, larger)}"
+        made.card.about += f"\n{gained_by_size(own, larger)}"
     counted = {r["split"]: r["settings"]["n"] for r in own if r["protocol"] == "rankme"}
     return card.page(folder, folder.name, own, compared, made, "sslpp", (trained_on(own), counted["val"]), shipped=True)
 
