@@ -1,19 +1,16 @@
 """The real comparison on tiny data: killed and resumed, added to, its budgets and tables."""
 
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import ROOT, TINY_RUN, call
+from tests.conftest import TINY_RUN, call
+from tests.faults.harness import Command
 from training import __main__ as training
 from training import arms as A
 from training import command, compare, contrast, launch, records, run
@@ -21,22 +18,11 @@ from training.evaluate import __main__ as evaluation
 from training.files import Diverged, read_json, write_json, write_lines
 from training.proxies import __main__ as tasks
 
-ARMS = '["random","proxy","scratch","keep_high","sslpp"]'
+ARMS = '["random","proxy","scratch","sslpp"]'
 TINY = [
     *TINY_RUN, "--proxy.epochs", "1", "--relearn.epochs", "1", "--relearn.reinit", "high", "--evaluate.shots", "[]",
     "--arms", ARMS, "--seeds", "[0,1]", "--grid", "[1,4]",
 ]  # fmt: skip
-
-
-def start(folder, data):
-    return subprocess.Popen(
-        [sys.executable, "-m", "training.compare", *TINY, "--data.path", data, "--run", folder],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +37,7 @@ def test_every_arm_and_seed_has_its_records_and_budget(finished):
     folder, _ = finished
     final = contrast.final(records.read(folder / "records.jsonl"))
     arms = {(r["arm"], r["seed"]) for r in final}
-    assert arms == {(a, s) for a in ("random", "proxy", "scratch", "keep_high", "sslpp") for s in (0, 1)}
+    assert arms == {(a, s) for a in ("random", "proxy", "scratch", "sslpp") for s in (0, 1)}
     seen = {r["arm"]: r["images_seen"] for r in final if r["arm"] != "random"}
     assert max(seen.values()) - min(seen.values()) <= 8
     flops = {r["arm"]: r["flops"] for r in final}
@@ -74,7 +60,7 @@ def test_the_runs_that_time_is_told_for_are_those_that_are_done(finished, monkey
     runs = {str(path.parent) for path in [*folder.glob("seed_*/*/recipe.yaml"), *folder.glob("grid/*/recipe.yaml")]}
     # What is chosen by the first seed was run with it, and taken from there; rates beyond the grid are not foreseen.
     rest = {run for run in runs - set(planned) if not re.search(r"grid/\w+\.x(0\.25|16)$", run)}
-    assert {run.split("/seed_0/")[-1] for run in rest} == {"proxy", "scratch", "keep_high", "sslpp"}
+    assert {run.split("/seed_0/")[-1] for run in rest} == {"proxy", "scratch", "sslpp"}
     assert {run for run in set(planned) - runs if "x1.strong" not in run and "x1.mlp" not in run} == set()
 
 
@@ -83,7 +69,7 @@ def test_the_card_of_sslpp_shows_its_controls(finished):
     text = (hub / "README.md").read_text()
     assert text.split("---")[2].startswith("\n\n# whole\n")
     assert "### Beside its controls" in text
-    assert re.search(r"sslpp \(.* %\) is .*keep_high \(", text)
+    assert re.search(r"sslpp \(.* %\) is .*scratch \(", text)
     assert (hub / "report" / "arms.png").exists()
     assert "](report/arms.png)" in text
 
@@ -121,8 +107,7 @@ def test_phases_that_arms_share_are_done_once(finished):
         assert shared.count("clusters") == 1
         assert 3 <= shared.count("proxy") <= proxies
         weights = {
-            (folder / f"seed_{seed}" / arm / "proxy" / "model.safetensors").read_bytes()
-            for arm in ("scratch", "keep_high", "sslpp")
+            (folder / f"seed_{seed}" / arm / "proxy" / "model.safetensors").read_bytes() for arm in ("scratch", "sslpp")
         }
         assert len(weights) == 1
 
@@ -154,15 +139,12 @@ def test_killed_twice_and_resumed_it_ends_in_the_same_table(finished, picture_fo
     shutil.rmtree(torn / "grid" / "scratch.x4")
     shutil.rmtree(torn / "seed_1")
     (torn / "records.jsonl").unlink()
-    for until in ("grid/scratch.x4/round_1", "seed_1/keep_high/proxy"):
-        process = start(torn, picture_folder)
-        end = time.monotonic() + 200
-        while not (torn / until).exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < end
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+    for until in ("grid/scratch.x4/round_1", "seed_1/scratch/proxy"):
+        killed = Command(
+            "training.compare", *TINY, "--data.path", picture_folder, "--run", torn, said=tmp_path / "said"
+        )
+        assert killed.until((torn / until).exists), killed.text
+        assert killed.kill() == -signal.SIGKILL
     again = call(compare.main, *TINY, "--data.path", picture_folder, "--run", torn)
     assert again.returncode == 0, again.stderr
 
@@ -181,7 +163,7 @@ def test_arms_are_added_without_doing_others_again(finished, picture_folder):
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     report = (folder / "report.md").read_text()
-    for arm in ("random", "proxy", "scratch", "keep_high", "sslpp", "finetune_all"):
+    for arm in ("random", "proxy", "scratch", "sslpp", "finetune_all"):
         assert f"| {arm} |" in report
     for name in ("differences", "stages", "operations"):
         assert (folder / "report" / f"{name}.png").stat().st_size > 10_000
@@ -305,7 +287,7 @@ def test_an_arm_that_would_repeat_the_method_is_not_run_and_told(picture_folder,
 def test_a_folder_of_another_command_is_left_as_it_is(finished, picture_folder, tmp_path):
     folder = tmp_path / "tasks" / "rotation"
     shutil.copytree(finished[0], folder)
-    run, together = folder / "seed_0" / "keep_high", "proxy tasks side by side"
+    run, together = folder / "seed_0" / "scratch", "proxy tasks side by side"
     asked = [
         (run, "a run", compare, "a comparison"),
         (folder, "a comparison", training, "a run"),
