@@ -10,8 +10,9 @@ from typing import Any
 from .files import alone, read_lines, refuse_out, write_lines
 
 # What makes two records figures of the same thing: a newer one replaces an older.
-WHOSE = ("arm", "model", "task", "seed", "phase", "round", "stage")
-IDENTITY = (*WHOSE, "protocol", "data", "size", "split", "metric", "variant")
+IDENTITY = (
+    "arm", "model", "task", "seed", "phase", "round", "stage", "protocol", "data", "size", "split", "metric", "variant",
+)  # fmt: skip
 SETTINGS = ("k", "views", "labels", "scratch", "probe", "shots")
 
 
