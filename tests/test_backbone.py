@@ -165,6 +165,7 @@ def test_a_saved_folder_is_the_same_model_to_timm(name, tmp_path):
     [
         (Model("resnet81"), "model.name"),
         (Model("resnet18", {"chanels": 3}), "model.args"),
+        (Model("resnet18", {"global_pool": ""}), r"model.args: .* gives \[512, 1, 1\] for an image"),
         (Model("local-dir:/nowhere", pretrained=True), "model.name"),
         (Model("nosource:x"), "model.name"),
     ],

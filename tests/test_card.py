@@ -163,13 +163,14 @@ def test_hub_holds_the_better_backbone_and_its_card_says_so(finished, tiny, tmp_
     shutil.copytree(finished[0], folder)
     made = command.parse(["--config", str(folder / "recipe.yaml"), "--relearn.export", asked])
     rows = [
-        {**row, "value": row["value"] - 2 * (row["arm"] == "sslpp")}
+        {**row, "value": row["value"] - 2 * (row["arm"] == "sslpp"), "model": "local-dir:/home/me/run/proxy"}
         for row in records.read(folder / "records.jsonl")
         if row["protocol"] != "clusters"
     ]
     hub = export.export(folder, [folder / "proxy", folder / "round_1"], tiny, rows, made, "sslpp", None)
     kept = folder / ("proxy" if asked == "better" else "round_1") / "model.safetensors"
     assert (hub / "model.safetensors").read_bytes() == kept.read_bytes()
+    assert {row["model"] for row in records.read(hub / "records.jsonl")} == {"local-dir:FOLDER"}
     text = (hub / "README.md").read_text()
     assert "Relearning made it worse on held-out images" in text.split("## Use it")[0]
     assert ("then from clusters" in text) == (asked == "always")

@@ -114,6 +114,11 @@ def test_a_part_of_the_images_is_a_sample_of_them(context, monkeypatch):
     assert not torch.equal(train.sample(torch.arange(50), 9), other.sample(torch.arange(50), 9))
 
 
+def test_one_image_is_enough_for_the_residue_to_have_some_of_each_part(context):
+    rows = measured(context, make_images(40), make_images(20, seed=1), residue_images=1)
+    assert {"val", "test"} <= {r["split"] for r in rows if r["protocol"] == "residue"}
+
+
 def test_records_come_in_an_order_of_their_own():
     """Not in that of a set of names, which is another in every process."""
     names = ("train", "val", "test")

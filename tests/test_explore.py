@@ -20,6 +20,8 @@ from training.command import parse
 from training.explore import Found, findings, page
 from training.explore import __main__ as explore
 from training.extraction import plain_batch
+from training.files import write_json
+from training.markers import written
 from training.recipe import to_yaml
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -56,6 +58,7 @@ def run(pictures, tmp_path_factory):
     labels[:2] = 3  # in the cluster of another class
     columns = {"label_4": labels, "distance_4": distances}
     clusters.write_labels(folder / "round_1" / "labels.parquet", found, found.all, columns)
+    write_json(folder / "round_1" / "clusters.json", {"wrote": written(folder / "round_1", ["labels.parquet"])})
     return folder
 
 
@@ -138,16 +141,36 @@ def test_of_a_features_file_of_every_split_the_training_split_is_shown(pictures,
         ("run", ["--data.val_fraction", "0.5"], "val_fraction"),
         ("table", ["--data.path", "digits"], "these are not the images of"),
         ("text", ["--data.path", "digits"], "no parquet file"),
+        ("table", ["--data.path", "digits", "--out", "{}"], "is what is to be shown"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_in_a_sentence(run, tmp_path, source, options, named):
     pq.write_table(pa.table({"path": ["a"], "features": [[1.0]]}), tmp_path / "table")
     (tmp_path / "text").write_text("no table")
     place = run if source == "run" else tmp_path / source
-    done = call(explore.main, place, *options, "--out", tmp_path / "page.html")
+    before = place.read_bytes() if place.is_file() else None
+    done = call(explore.main, place, "--out", tmp_path / "page.html", *(option.format(place) for option in options))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert named in done.stderr
     assert not (tmp_path / "page.html").exists()
+    assert before is None or place.read_bytes() == before
+
+
+def test_clusters_that_are_not_what_was_written_and_features_that_are_none_are_named(run, pictures, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    labels = tmp_path / "run" / "round_1" / "labels.parquet"
+    for damage in (lambda: labels.write_bytes(labels.read_bytes()[:-9]), labels.unlink):
+        damage()
+        done = call(explore.main, tmp_path / "run")
+        assert (done.returncode, done.stderr.count("\n"), f"{labels} is " in done.stderr) == (1, 1, True), done.stderr
+    loaded, _ = explore.some(recipe.Data(str(pictures), size=16), 100, tmp_path)
+    for features in ("text", 1.0, None):
+        rows = [[1.0, 2.0] if features is None else features] * len(loaded)
+        if features is None:
+            rows[3] = [1.0]
+        pq.write_table(pa.table({"path": loaded.paths, "features": rows, "label_x": rows}), tmp_path / "odd.parquet")
+        done = call(explore.main, tmp_path / "odd.parquet", "--data.path", pictures)
+        assert (done.returncode, "does not hold as many numbers" in done.stderr) == (2, True), done.stderr
 
 
 def test_without_the_extra_it_says_what_to_install(run, monkeypatch):

@@ -13,7 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 from tests.conftest import TINY_RUN, call, make_images
 from training import backbone as B
 from training import evaluate as E
-from training import records
+from training import recipe, records, setup
 from training.__main__ import main
 from training.evaluate import __main__ as command
 from training.evaluate import label_free, linear, lowshot
@@ -249,6 +249,13 @@ def test_records_of_transfer_name_both_data_sets(watched, picture_folder):
     theirs = {(r["stage"], r["settings"]["probe"], r["split"]): r["value"] for r in found if r["arm"] == "sslpp"}
     ours = {(r["stage"], r["settings"]["probe"], r["split"]): r["value"] for r in rows if r["metric"] == "top1"}
     assert ours == {key: pytest.approx(value, abs=1e-4) for key, value in theirs.items()}
+
+
+def test_other_data_of_one_name_are_told_apart_without_their_places(picture_folder, tmp_path, tiny, context):
+    shutil.copytree(picture_folder / "train", tmp_path / "train")
+    shutil.copytree(picture_folder / "train", tmp_path / "test")
+    paths = [str(picture_folder / "train"), str(tmp_path / "train"), str(tmp_path / "test")]
+    assert list(setup.load_transfer(paths, recipe.Data(), (tiny, None), context)) == ["train", "train (2)", "test"]
 
 
 def test_other_data_without_labels_are_refused(picture_folder, tmp_path):

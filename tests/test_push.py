@@ -121,6 +121,22 @@ def test_what_others_put_there_is_not_lost(hub, run):
     assert call(push.main, run, "org/net").returncode == 0
 
 
+def test_what_another_model_needs_no_more_leaves_and_what_the_last_push_told_may_be_damaged(hub, run):
+    (run / "hub" / "recipe.yaml").write_text("of a run")
+    call(push.main, run, "org/net")
+    (run / "hub" / "recipe.yaml").unlink()  # as a classifier has none
+    assert call(push.main, run, "org/net").returncode == 0
+    assert on_hub(hub) == sent(run, hub)
+    for damage in (b"no JSON", b'{"README.md": 5}'):
+        edit = [CommitOperationAdd(push.SENT, damage)]
+        hf_api.HfApi().create_commit("org/net", edit, commit_message="damage")
+        (run / "hub" / "README.md").write_text(f"card after {damage}")
+        done = call(push.main, run, "org/net")
+        assert (done.returncode, "README.md" in done.stderr, "--overwrite" in done.stderr) == (2, True, True)
+        assert call(push.main, run, "org/net", "--overwrite").returncode == 0
+        assert on_hub(hub) == sent(run, hub)
+
+
 def test_without_a_network_by_choice_it_says_so(hub, run, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     done = call(push.main, run, "org/net")
@@ -347,6 +363,7 @@ def test_a_card_that_the_hub_refuses_is_told_its_reason(hub, run):
         (lambda run: (run / "hub").rename(run / "elsewhere") and link(run), "is a link"),
         (lambda run: shutil.copytree(run / "hub", run / "seed_0" / "sslpp" / "hub"), "seed_0/sslpp"),
         (lambda run: (run / "hub" / "README.md").unlink(), "has no README.md"),
+        (lambda run: (run / "hub" / "README.md").write_bytes(b"\xff"), "README.md is no text in UTF-8"),
         (lambda run: (run / "hub" / "config.json").write_text("{}"), "names no architecture"),
         (lambda run: (run / "hub" / "config.json").write_text("3"), "names no architecture"),
         (lambda run: (run / "hub" / "config.json").write_text('{"archi'), "names no architecture"),

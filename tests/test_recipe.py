@@ -118,6 +118,29 @@ def test_data_must_be_named():
         command.parse([])
 
 
+@pytest.mark.parametrize(("path", "run"), [(".", "mine"), ("{}", "{}/out"), ("{}", "{}"), ("[digits, {}/.]", "{}/a/b")])
+def test_a_run_in_its_own_data_is_refused(path, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--data.path", path.format(tmp_path), "--run", run.format(tmp_path)]
+    for read in (command.parse, lambda given: finetune.main(["test_resnet", *given])):
+        with pytest.raises(Refused, match=r"would lie in .*; write to a place outside it"):
+            read(asked)
+    with pytest.raises(Refused, match="would lie in"):
+        parse("--run", asked[3], "--evaluate.transfer", f"[{tmp_path}]")
+    assert command.parse([*asked[:3], str(tmp_path.parent / "beside")])
+
+
+def test_data_are_called_by_the_folder_that_a_point_means(tmp_path, monkeypatch):
+    (tmp_path / "pets" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "pets" / "cats")
+    assert recipe.Data([".", "..", "./", "../..", "a/dogs"]).called == f"cats+pets+cats+{tmp_path.name}+dogs"
+
+
+def test_names_that_are_no_utf_8_are_refused_where_they_would_be_written():
+    with pytest.raises(Refused, match=r"d\\xe9 has bytes that are no UTF-8"):
+        command.parse(["--data.path", "d\udce9"])
+
+
 def test_every_field_is_explained():
     text = usage.whole(command.parser([]))
 

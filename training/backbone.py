@@ -61,9 +61,13 @@ def create(model: Model, size: int | None, pretrained: bool | None = None, head:
         raise Refused(f"model.name: {model.name} has no forward_intermediates, so its stages cannot be told.")
     try:
         with torch.no_grad():
-            features(network.eval(), torch.zeros(1, 3, size, size), stage_list(network))
+            pooled = features(network.eval(), torch.zeros(1, 3, size, size), stage_list(network))["pooled"]
     except Exception as error:
         raise Refused(f"model.name: {model.name} does not take images of data.size {size}: {error}") from error
+    if not head and pooled.ndim != 2:
+        raise Refused(
+            f"model.args: so {model.name} gives {list(pooled.shape[1:])} for an image, not one feature vector."
+        )
     _check_told(network, model.name)
     if pretrained and (odd := next((n for n, p in network.named_parameters() if not p.isfinite().all()), None)):
         raise Refused(f"model.name: the weights of {model.name} are damaged: {odd} is not finite.")

@@ -72,9 +72,13 @@ def portable(recipe: Recipe) -> str:
     here = copy.deepcopy(recipe)
     here.data.path = here.data.labels = here.run = here.card.about = None
     here.evaluate.transfer = []
-    if here.model.name.startswith("local-dir:"):
-        here.model.name = "local-dir:FOLDER"
+    here.model.name = portable_name(recipe.model.name)
     return to_yaml(here)
+
+
+def portable_name(model: str) -> str:
+    """A MODEL without a place of one machine."""
+    return "local-dir:FOLDER" if model.startswith("local-dir:") else model
 
 
 def metadata(name: str, records: report.Records, recipe: Recipe) -> str:

@@ -16,8 +16,9 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import usage
 from .config import check_mappings, load
-from .files import Failed, Refused, moved, reason
+from .files import Failed, Refused, moved, read_text, reason
 from .limits import PositiveInt
+from .names import escape
 from .recipe import Data, Proxy, Recipe, Running, Schedule
 
 MISSING = "MODEL is missing: name a model's folder, such as runs/mine/hub, or any name that timm loads with weights"
@@ -55,6 +56,9 @@ class Parser(ArgumentParser):
             Refused: it is wrong.
         """
         check_mappings(arguments)
+        for argument in arguments:
+            if any("\ud800" <= mark <= "\udfff" for mark in argument):
+                raise Refused(f"{escape(argument)} has bytes that are no UTF-8, as records and recipes are; rename it.")
         try:
             return self.parse_args(list(arguments))
         except ArgumentError as error:
@@ -179,7 +183,7 @@ def from_values(values: Any, command: Parser) -> Recipe:
     recipe.run = str(run_folder(recipe, configs[-1] if configs else None))
     words = configs[-1].with_name("README.md") if configs else None
     if recipe.card.about is None and words and configs[-1].stem == "recipe" and words.exists():
-        recipe.card.about = words.read_text(encoding="utf-8").strip()
+        recipe.card.about = read_text(words).strip()
     check(recipe)
     return recipe
 
@@ -205,7 +209,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         Refused: naming the field.
     """
-    check_data(recipe.data)
+    check_data(recipe.data, Path(recipe.run), recipe.evaluate.transfer)
     for phase in ("proxy", "relearn"):
         check_schedule(getattr(recipe, phase), f"{phase}.")
     if recipe.proxy.norm == "stored" and recipe.proxy.epochs and not recipe.model.pretrained:
@@ -226,14 +230,26 @@ def check(recipe: Recipe) -> None:
         raise Refused("evaluate.linear_c and evaluate.knn_k need at least one value each.")
 
 
-def check_data(data: Data) -> None:
-    """Refuse data that nobody named.
+def check_data(data: Data, written: Path | None = None, others: Collection[str] = ()) -> None:
+    """Refuse data that nobody named, or of which what is written would become a part.
+
+    Args:
+        data: what is read.
+        written: folder or file that is written to, with figures and tables.
+        others: where other data are.
 
     Raises:
         Refused: naming the field.
     """
     if not data.path:
         raise Refused("data.path is missing: name a folder of images, parquet files or a data set of the Hub.")
+    for path in (*data.paths, *others) if written else ():
+        place = Path(path).expanduser()
+        if place.is_dir() and written.resolve().is_relative_to(place.resolve()):
+            raise Refused(
+                f"data.path: {written} would lie in {path}, whose images and tables it would be among the next time; "
+                "write to a place outside it."
+            )
 
 
 def check_schedule(schedule: Schedule, prefix: str = "") -> None:

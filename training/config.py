@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .files import Refused
+from .files import Refused, read_text
 from .recipe import Recipe
 
 
@@ -67,9 +67,7 @@ def load(path: Path, kind: type = Recipe, example: str = "proxy: {epochs: 5}") -
         Refused: it is no text, no YAML, or has no fields.
     """
     try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except UnicodeDecodeError as error:
-        raise Refused(f"--config: {path} is no text in UTF-8.") from error
+        fields = yaml.load(read_text(path), _Loader)
     except RecursionError as error:
         raise Refused(f"--config: {path} is nested too deeply.") from error
     except yaml.YAMLError as error:

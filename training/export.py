@@ -51,7 +51,7 @@ def export(
             shutil.copytree(folder / "report", beside / "report")
         if comparison and (comparison / "report" / "differences.png").exists():
             shutil.copy(comparison / "report" / "differences.png", beside / "report" / "arms.png")
-        write_lines(beside / "records.jsonl", records)
+        write_lines(beside / "records.jsonl", [{**r, "model": card.portable_name(r["model"])} for r in records])
         write_text(beside / "recipe.yaml", card.portable(recipe))
         compared = read(comparison / "records.jsonl") if comparison else []
         counts, name = (len(images.train), len(images.val)), (comparison or folder).name

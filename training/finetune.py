@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     name = values.pop("model")
     made = parser.instantiate(values)
     settings = Finetune(**{f.name: made[f.name] for f in dataclasses.fields(Finetune) if f.name in made})
-    check_data(settings.data)
+    check_data(settings.data, run_folder(name, settings))
     check_schedule(settings)
     if settings.scratch and settings.norm == "stored":
         raise Refused(f"norm: {NO_STATISTICS}; leave it at batch where you start from scratch.")

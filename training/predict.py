@@ -30,8 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = command()
     given = parser.read(arguments)
     data: recipe.Data = parser.instantiate(given).data
-    check_data(data)
     out = Path(given.out)
+    check_data(data, out)
     tables.check(out, ENDINGS)
     with inputs.one_process("predict") as context:
         network = inputs.model(given.model, head=True)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from .card import REPOSITORY
 from .command import Parser, guarded
-from .files import Failed, Refused, read_json, sha256_file
+from .files import Failed, Refused, read_json, read_text, sha256_file
 
 NEEDED = ("config.json", "model.safetensors", "README.md")
 BESIDE = ("recipe.yaml", "records.jsonl")  # what the card links
@@ -102,7 +102,7 @@ def collect(run: Path, repo: str, revision: str | None = None) -> Files:
     files: Files = {str(path.relative_to(folder)): path for path in told}
     if links := [path for path in files.values() if path.is_symlink()]:
         raise Refused(f"{links[0]} is a link; put the file itself there, so that what is published is what you see.")
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = read_text(folder / "README.md")
     if revision:
         card = card.replace(f"hf-hub:{REPOSITORY}", f"hf-hub:{REPOSITORY}@{revision}")
         card = card.replace(f'"{REPOSITORY}")', f'"{REPOSITORY}", revision="{revision}")')
@@ -132,8 +132,9 @@ def changed_by_others(api: HfApi, repo: str, revision: str | None, names: Collec
         return []
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            ours = read_json(Path(api.hf_hub_download(repo, SENT, revision=revision, cache_dir=scratch)))
-        except EntryNotFoundError:
+            told = read_json(Path(api.hf_hub_download(repo, SENT, revision=revision, cache_dir=scratch)))
+            ours = {name: hashes for name, hashes in told.items() if isinstance(hashes, list)}
+        except (EntryNotFoundError, Failed):  # none, or one that tells nothing
             ours = {}
     there = api.get_paths_info(repo, list(names), revision=revision)
     return [f.path for f in there if (f.lfs.sha256 if f.lfs else f.blob_id) not in ours.get(f.path, ())]
@@ -172,8 +173,8 @@ def push(files: Files, repo: str, private: bool, revision: str | None, create_pr
                 f"{repo} has {', '.join(foreign)} from somebody else, or changed since the last push; --overwrite "
                 "replaces that, --create-pr proposes these files instead. Nothing was sent."
             )
-        pictures = [f for f in there if f.startswith("report/") and f not in files]
-        stale = sorted(set(pictures) - set(changed_by_others(api, repo, revision, pictures)))
+        unsent = [f for f in there - files.keys() if f.startswith("report/") or f in BESIDE]
+        stale = sorted(set(unsent) - set(changed_by_others(api, repo, revision, unsent)))
         operations = [CommitOperationAdd(f, path) for f, path in files.items()]
         operations += [CommitOperationDelete(f) for f in stale]
         if create_pr and (found := open_request(api, repo, files)):

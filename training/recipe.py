@@ -96,7 +96,8 @@ class Data:
     @property
     def called(self) -> str:
         """What to call the data: the last part of where they are."""
-        return "+".join(Path(path).name for path in self.paths)
+        places = (Path(path) for path in self.paths)
+        return "+".join((place.resolve() if place.name in ("", "..") else place).name for place in places)
 
 
 @dataclass

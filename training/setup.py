@@ -194,10 +194,12 @@ def load_transfer(paths: list[str], data: Data, own: Splits, context: Context) -
     """
     found: dict[str, Splits] = {}
     taken = resident(own)
-    for path in paths:
+    called = [Data(path=path).called for path in paths]
+    for number, path in enumerate(paths):
         told = {"size": own[0].size, "white": data.white, "split_seed": data.split_seed, "memory_gb": data.memory_gb}
         other = Data(path=path, **told)
-        name = other.called if other.called not in found else path
+        same = called[:number].count(called[number])
+        name = called[number] + (f" ({same + 1})" if same else "")
         splits = load_splits(other, context, apart=Path("transfer") / re.sub(r"\W+", "_", path), taken=taken)
         taken += resident(splits)
         if any(split is not None and split.labels is None for split in splits):

@@ -97,8 +97,8 @@ def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context:
     if len(over.residue) > 1:
         share = {
             "train": settings.residue_images,
-            "val": settings.residue_images // 2,
-            "test": settings.residue_images // 2,
+            "val": max(1, settings.residue_images // 2),
+            "test": max(1, settings.residue_images // 2),
         }
         turned = {}
         for name, (images, indices) in parts.items():

@@ -4,6 +4,7 @@ Also of a features.parquet that training.embed wrote, with the images' place as 
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..files import Failed, Refused, refuse_out, whole_file
 from ..images import Images
 from ..limits import PositiveInt
 from ..loop import Context
+from ..markers import check_written
 from ..operations import on_device
 from ..setup import scaled_for
 from . import FEWEST, Found
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str]) -> None:
         raise Refused(f"{source} does not exist; name a run's folder, or a parquet file that training.embed wrote.")
     out = Path(given.out) if given.out else (source if source.is_dir() else source.parent) / "explore.html"
     refuse_out(out)
+    if out.resolve() == source.resolve():
+        raise Refused(f"--out: {out} is what is to be shown; write the page to another file.")
     with inputs.one_process("explore") as context:
         found = (of_run if source.is_dir() else of_table)(source, data, given.images, given.batch_size, context)
         if len(found.paths) < FEWEST:
@@ -107,7 +111,7 @@ def known(loaded: Images, sides: dict[str, torch.Tensor], table: pa.Table | None
         classes = [names[label] if label >= 0 else None for label in loaded.labels[usable].tolist()]
     clusters = {}
     for name in table.column_names if table else ():
-        if name.startswith("label_"):
+        if re.fullmatch(r"label_\d+", name):
             k, labels = int(name.removeprefix("label_")), table[name].fill_null(-1).to_numpy()[usable]
             distance = f"distance_{k}"  # true labels as clusters have none
             known = distance in table.column_names
@@ -130,6 +134,8 @@ def of_run(folder: Path, data: recipe.Data, count: int, batch_size: int, context
     rounds = [path for path in numbers if numbers[path].isdecimal() and (path / "model.safetensors").exists()]
     rounds.sort(key=lambda path: int(numbers[path]))
     sides = {"before relearning": folder / "proxy"} | ({"after relearning": rounds[-1]} if rounds else {})
+    if rounds:
+        check_written(rounds[-1] / "clusters.json")
     networks = {name: B.load(path) for name, path in sides.items()}
     first = next(iter(networks.values()))
     loaded, places = some(scaled_for(first, dataclasses.replace(own, **changed)), count, context.folder)
@@ -156,7 +162,13 @@ def of_table(path: Path, data: recipe.Data, count: int, batch_size: int, context
     rows = [table["features"][i].as_py() for i in loaded.all.tolist()]
     if None in rows:
         raise Failed(f"{path} has no features of an image that can be decoded; make it again with training.embed.")
-    return known(loaded, {"features": torch.tensor(rows)}, table)
+    try:
+        features = torch.tensor(rows, dtype=torch.float32)
+    except (TypeError, ValueError):  # texts, or rows of different lengths
+        features = torch.empty(0)
+    if features.ndim != 2:
+        raise Refused(f"{path}: its column features does not hold as many numbers for each image.")
+    return known(loaded, {"features": features}, table)
 
 
 if __name__ == "__main__":
