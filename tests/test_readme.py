@@ -94,15 +94,17 @@ def test_fine_tuned_models_are_told_apart_by_start_and_share_of_labels(tmp_path)
 
 
 def test_controls_side_by_side_show_what_seeds_can_tell(tmp_path):
-    own = [{**r, "split": "test", "model": "net"} for r in compared() if r["arm"] != "random"]
+    own = [{**r, "split": "test", "model": "net", "task": "rotation"} for r in compared() if r["arm"] != "random"]
     one = [{**r, "arm": "keep_high"} for r in own if (r["arm"], r["seed"]) == ("scratch", 1)]
     (tmp_path / "a_1k").mkdir()
     (tmp_path / "b_1k").mkdir()
     records.write(tmp_path / "a_1k" / "records.jsonl", own + one)
-    records.write(tmp_path / "b_1k" / "records.jsonl", [{**r, "value": 2 * r["value"]} for r in own if r["seed"] < 2])
+    fewer = [{**r, "value": 2 * r["value"], "settings": {**r["settings"], "n": 200}} for r in own if r["seed"] < 2]
+    records.write(tmp_path / "b_1k" / "records.jsonl", fewer)
+    told = ["net, rotation, 200 images, seeds 2", "net, rotation, 100 images, seeds 3"]
     assert readme.controls_table(tmp_path, "*1k") == [
         [
-            ["sslpp minus, in points: linear / kNN", "net, 100 images, seeds 2", "net, 100 images, seeds 3"],
+            ["sslpp minus, in points: linear / kNN", *told],
             ["proxy: more of the proxy task", "", ""],
             ["scratch: its labels, all layers from random", "(+5.0) / (+5.0)", "(+2.0) / (+2.0)"],
             ["finetune_all: its labels, all layers trained alike", "", ""],

@@ -112,9 +112,11 @@ def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
 def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     """sslpp less its controls, pooled, on the test split, a column for each comparison of that pattern.
 
-    In parentheses what its interval does not tell from 0, or what has too few seeds for one.
+    That of the most images comes first. In parentheses what its interval does not tell from 0, or what has too few
+    seeds for one.
     """
-    found = [contrast.final(records.read(path)) for path in sorted(configs.glob(f"{pattern}/records.jsonl"))[::-1]]
+    found = [contrast.final(records.read(path)) for path in sorted(configs.glob(f"{pattern}/records.jsonl"))]
+    found.sort(key=trained_on, reverse=True)
     lines = [["sslpp minus, in points: " + " / ".join(PROBES), *map(compared, found)]]
 
     def cell(rows: contrast.Records, arm: str, probe: str) -> str:
@@ -131,8 +133,9 @@ def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
 
 
 def compared(rows: contrast.Records) -> str:
-    """The network, images and seeds of a comparison."""
-    return f"{rows[0]['model']}, {trained_on(rows):,} images, seeds {len(contrast.arms_and_seeds(rows)[1])}"
+    """The network, proxy task, images and seeds of a comparison."""
+    seeds = len(contrast.arms_and_seeds(rows)[1])
+    return f"{rows[0]['model']}, {rows[0]['task']}, {trained_on(rows):,} images, seeds {seeds}"
 
 
 def trained_on(rows: contrast.Records) -> int:
