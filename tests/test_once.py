@@ -111,9 +111,10 @@ def test_records_are_whole_or_measured_anew(finished, picture_folder, tmp_path):
     path = folder / "records.jsonl"
     whole = path.read_text()
     lines = whole.splitlines(True)
-    path.write_text("".join(lines[:4]) + "{ torn\n" + "".join(lines[5:]))
-    done = tiny_run(folder, picture_folder)
-    assert (done.returncode, "records.jsonl: line 5 is damaged" in done.stderr) == (1, True)
+    for damage in ("{ torn\n", "{}\n"):
+        path.write_text("".join(lines[:4]) + damage + "".join(lines[5:]))
+        done = tiny_run(folder, picture_folder)
+        assert (done.returncode, "records.jsonl: line 5 is damaged" in done.stderr) == (1, True)
     sslpp = next(i for i, line in enumerate(lines) if '"arm": "sslpp"' in line)
     edited = re.sub(r'"value": [\d.]+', '"value": 0.999', lines[sslpp])
     for other in ([*lines[:sslpp], edited, *lines[sslpp + 1 :]], lines[:sslpp] + lines[sslpp + 1 :]):

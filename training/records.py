@@ -24,7 +24,7 @@ def identity(record: dict[str, Any]) -> tuple:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file; none if there is no file."""
-    return read_lines(path, "arm", "protocol", "stage", "split", "metric", "value", "settings")
+    return read_lines(path, "arm", "protocol", "metric", "value", "settings")
 
 
 def check_out(path: Path) -> None:
