@@ -137,10 +137,12 @@ def test_it_says_what_the_model_started_from():
 
 def test_places_of_one_machine_stay_there_and_other_data_sets_are_named():
     places = ["--data.path", "/home/me/photos", "--run", "/home/me/x", "--data.labels", "/home/me/labels.csv"]
-    assert "were measured on nothing else.\n" in card.limits(command.parse(places))
     made = command.parse([*places, "--evaluate.transfer", "[/home/me/shoes, org/hats]"])
-    assert "/home/me" not in card.portable(made) + card.limits(made)
-    assert "were measured beside these on shoes and hats.\n" in card.limits(made)
+    assert "/home/me" not in card.portable(made)
+    rows = [{"protocol": "linear", "data": "own@0"}]
+    assert "were measured on nothing else.\n" in card.limits(made, rows)
+    rows += [{"protocol": "transfer", "data": f"{name}@1"} for name in ("shoes", "hats", "shoes")]
+    assert "were measured beside these on shoes and hats.\n" in card.limits(made, rows)
 
 
 def test_controls_are_shown_where_there_were_any():

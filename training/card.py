@@ -9,9 +9,9 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
-from . import proxies, report, verdict
+from . import contrast, proxies, report, verdict
 from .command import short_name
-from .recipe import Data, Recipe, to_yaml
+from .recipe import Recipe, to_yaml
 
 INDEXED = ("linear", "knn")  # protocols whose pooled figures the model-index has, for a leaderboard to compare
 REPOSITORY = "ORG/NAME"  # stands in the card for the repository, which push fills in
@@ -59,7 +59,7 @@ def page(
         *comparison(compared),
         *(f"![{caption}](report/{name}.png)\n\n*{caption}.*" for name, caption in shown.items()),
         "## Limits",
-        limits(recipe),
+        limits(recipe, records),
         "## Made by",
         MADE_BY,
         CITATION,
@@ -207,14 +207,14 @@ def comparison(records: report.Records) -> list[str]:
     return ["### Beside its controls", "\n".join(f"- {line}" for line in told)] if told else []
 
 
-def limits(recipe: Recipe) -> str:
+def limits(recipe: Recipe, records: report.Records) -> str:
     """What not to expect."""
     licence = {
         None: "No licence was chosen for these weights: ask before you use them.",
         "other": "The images are for research only, and so are these weights.",
     }.get(recipe.card.license, f"The weights are under {report.plain(recipe.card.license or '')}.")
     images = "the training images" + (" and in those that the given weights were made from" * recipe.model.pretrained)
-    others = [report.plain(Data(path=path).called) for path in recipe.evaluate.transfer]
+    others = list(map(report.plain, contrast.others(records)))
     also = f"beside these on {verdict.listed(others)}" if others else "on nothing else"
     return f"""- The features know what is in {images}, with their biases, and were measured {also}.
 - It was trained and measured at {recipe.data.size} px; photographs are shrunk to that, and lose what is small.
