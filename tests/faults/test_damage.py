@@ -55,7 +55,7 @@ def test_what_is_made_anew_may_be_damaged(finished, run):
         (folder / name).write_bytes(b"\xff\0")
     (folder / "measured.json").unlink()
     rows = (folder / "records.jsonl").read_text()
-    rows = rows.replace('"arm": "sslpp"', '"arm": "rslpp"', 1).replace('"arm": "random"', '"ar-": "random"', 1)
+    rows = rows.replace('"arm": "sslpp"', '"arm": "rslpp"', 1).replace('"seed": 0', '"see-": 0', 1)
     (folder / "records.jsonl").write_text(rows)
     (folder / "round_1" / "relearn.json").unlink()
     newest, older = sorted((folder / "checkpoints").iterdir(), reverse=True)
