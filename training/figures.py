@@ -32,10 +32,12 @@ PANELS = (
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    with whole_file(path) as beside:
-        # No date and version in the file: the same data gives the same bytes.
-        figure.savefig(beside, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+    try:
+        with whole_file(path) as beside:
+            # No date and version in the file: the same data gives the same bytes.
+            figure.savefig(beside, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    finally:
+        plt.close(figure)
 
 
 def mean_and_bars(groups: list[list[float]]) -> tuple[list[float], list[list[float]]]:

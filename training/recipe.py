@@ -216,7 +216,7 @@ class Relearn(Schedule):
     """Last stage of the low part, an index into timm's feature_info; auto: the one that does best by that score, but
     the last."""
     reinit: Literal["high", "all", "none"] = "none"
-    """Which part starts from new random weights: high, as we read the paper, gained little where measured, and not in every network."""
+    """Which part starts from new random weights: high, as we read the paper, gained little, and not in each network."""
     keep: BelowOne = 0.0
     """Share of the old weights that stays in what starts anew; more is gentler to good weights."""
     drop: BelowOne = 0.0
