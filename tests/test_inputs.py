@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.conftest import call, write_png
-from training import embed, inputs, records
+from training import embed, inputs, predict, records
 from training.evaluate import __main__ as evaluate
 from training.extraction import plain_batch
 from training.recipe import Data
@@ -59,3 +59,12 @@ def test_evaluate_takes_a_size_and_records_it(backbone, picture_folder, tmp_path
             assert done.returncode == 0, done.stderr
             assert [split.size for split in seen[-1]] == [size, size]
     assert [row["size"] for row in records.read(out[1])] == [16, 24]
+
+
+@pytest.mark.parametrize("command", [embed, predict])
+def test_what_is_read_is_not_written_over(command, backbone, tmp_path):
+    data = tmp_path / "data.parquet"
+    data.write_bytes(b"rows of somebody's images")
+    done = call(command.main, backbone, "--data.path", data, "--out", data)
+    assert (done.returncode, f"--out: {data} is what is to be shown or read" in done.stderr) == (2, True), done.stderr
+    assert data.read_bytes() == b"rows of somebody's images"

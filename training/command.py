@@ -247,8 +247,8 @@ def check_data(data: Data, written: Path | None = None, others: Collection[str] 
         place = Path(path).expanduser()
         if place.is_dir() and written.resolve().is_relative_to(place.resolve()):
             raise Refused(
-                f"data.path: {written} would lie in {path}, whose images and tables it would be among the next time; "
-                "write to a place outside it."
+                f"{written} would lie in {path}, whose images and tables it would be among the next time; write to a "
+                "place outside it."
             )
 
 

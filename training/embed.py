@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     data: recipe.Data = parser.instantiate(given).data
     check_data(data)
     out = Path(given.out)
-    tables.check(out)
+    tables.check(out, read=data.paths)
     with inputs.one_process("embed") as context:
         network = inputs.model(given.model, data.size)
         stage: Stage = "pooled" if given.stage is None else B.resolve_stage(network, given.stage, "--stage")

@@ -230,12 +230,14 @@ def refuse_kind(folder: Path, kind: str) -> None:
             raise Refused(f"{folder} holds {other}, where this would put {kind}; choose another --run.")
 
 
-def refuse_out(path: Path) -> None:
-    """Refuse a file that could not be written once all is done.
+def refuse_out(path: Path, read: Collection[str | Path] = ()) -> None:
+    """Refuse a file that could not be written once all is done, or that would replace what is `read`.
 
     Raises:
-        Refused: it is a folder, or lies below a file or where nobody may write.
+        Refused: it is a folder or what is read, or lies below a file or where nobody may write.
     """
+    if path.resolve() in {Path(place).expanduser().resolve() for place in read}:
+        raise Refused(f"--out: {path} is what is to be shown or read; write to another file.")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
         why = "it is a folder" if path.is_dir() else f"{above} is no folder that can be written to"

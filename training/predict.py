@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     data: recipe.Data = parser.instantiate(given).data
     out = Path(given.out)
     check_data(data, out)
-    tables.check(out, ENDINGS)
+    tables.check(out, ENDINGS, data.paths)
     with inputs.one_process("predict") as context:
         network = inputs.model(given.model, head=True)
         network = on_device(network, context.accelerator.device, inputs.own_size(network))

@@ -1,6 +1,6 @@
 """Tables in files: parquet, CSV or NPZ, as the file's ending says."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,15 @@ from .files import Refused, refuse_out, whole_file
 ENDINGS = (".parquet", ".csv", ".npz")
 
 
-def check(path: Path, endings: tuple[str, ...] = ENDINGS) -> None:
-    """Refuse a file whose ending names no kind of table, or that cannot be written.
+def check(path: Path, endings: tuple[str, ...] = ENDINGS, read: Collection[str] = ()) -> None:
+    """Refuse a file whose ending names no kind of table, that cannot be written, or that is what is `read`.
 
     Raises:
         Refused: saying why.
     """
     if path.suffix not in endings:
         raise Refused(f"--out: {path} ends in none of {', '.join(endings)}, which say what is written.")
-    refuse_out(path)
+    refuse_out(path, read)
 
 
 def write(path: Path, parts: Iterable[pa.Table]) -> int:

@@ -95,11 +95,8 @@ def evaluate(network: nn.Module, settings: recipe.Evaluate, over: Over, context:
                 for row in own
             ]
     if len(over.residue) > 1:
-        share = {
-            "train": settings.residue_images,
-            "val": max(1, settings.residue_images // 2),
-            "test": max(1, settings.residue_images // 2),
-        }
+        half = max(1, settings.residue_images // 2)
+        share = {"train": settings.residue_images, "val": half, "test": half}
         turned = {}
         for name, (images, indices) in parts.items():
             some = images.sample(indices, share[name])

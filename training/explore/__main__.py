@@ -62,9 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     if not source.exists():
         raise Refused(f"{source} does not exist; name a run's folder, or a parquet file that training.embed wrote.")
     out = Path(given.out) if given.out else (source if source.is_dir() else source.parent) / "explore.html"
-    refuse_out(out)
-    if out.resolve() == source.resolve():
-        raise Refused(f"--out: {out} is what is to be shown; write the page to another file.")
+    refuse_out(out, [source, *data.paths])
     with inputs.one_process("explore") as context:
         found = (of_run if source.is_dir() else of_table)(source, data, given.images, given.batch_size, context)
         if len(found.paths) < FEWEST:
