@@ -142,7 +142,6 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(finish
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda run, data, model: shutil.rmtree(run / "best"), "best is gone"),
         (lambda run, data, model: [p.rename(p.with_name("class 9")) for p in data.glob("*/class 3")], "label names: "),
         (lambda run, data, model: rewrite(model / "config.json", "0.5", "0.6"), "seen as: "),
     ],
@@ -157,6 +156,26 @@ def test_a_finished_run_is_not_measured_as_another_one(spoil, said, finished, ba
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert said in done.stderr
     assert (run / "records.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize("damage", ["folder", "marker", "half a marker", "weights", "one file"])
+def test_what_of_a_classifier_is_gone_or_damaged_is_told_with_what_helps(
+    damage, finished, backbone, picture_folder, tmp_path
+):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    best = run / "best"
+    if damage == "folder":
+        shutil.rmtree(best)
+    elif damage == "half a marker":
+        (best / "finetune.json").write_text('{"step"')
+    elif damage == "weights":
+        (best / "model.safetensors").write_bytes(b"no weights")
+    else:
+        (best / {"marker": "finetune.json", "one file": "config.json"}[damage]).unlink()
+    done = call(T.main, backbone, *TUNING, "--data.path", picture_folder, "--run", run)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.endswith(f"; choose another --run, or remove {run} to train again.\n")
+    assert str(best) in done.stderr
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(finished, backbone, picture_folder, tmp_path, monkeypatch):

@@ -1,6 +1,10 @@
 """What commands over a model read: sizes other than the model's, every split, and what is said of it."""
 
+import shutil
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from tests.conftest import call, write_png
 from training import embed, inputs, predict, records
 from training.evaluate import __main__ as evaluate
 from training.extraction import plain_batch
+from training.images import load_splits
 from training.recipe import Data
 
 
@@ -59,6 +64,54 @@ def test_evaluate_takes_a_size_and_records_it(backbone, picture_folder, tmp_path
             assert done.returncode == 0, done.stderr
             assert [split.size for split in seen[-1]] == [size, size]
     assert [row["size"] for row in records.read(out[1])] == [16, 24]
+
+
+def test_labels_that_are_not_used_are_not_read(backbone, mixed, tmp_path):
+    folder = shutil.copytree(mixed, tmp_path / "mixed")
+    line = '{"file_name": "0.png", "label": "%s"}\n'
+    (folder / "train" / "metadata.jsonl").write_text(line % "a" + line % "b")
+    done = call(embed.main, backbone, "--data.path", folder, "--out", tmp_path / "out.npz")
+    assert (done.returncode, "7 rows" in done.stdout) == (0, True), done.stderr
+    table = tmp_path / "table"
+    table.mkdir()
+    pictures = [{"bytes": (mixed / "train" / f"{i}.png").read_bytes(), "path": None} for i in range(4)]
+    pq.write_table(pa.table({"image": pictures, "label": [b"\xff", b"a", b"b", b"c"]}), table / "a.parquet")
+    done = call(embed.main, backbone, "--data.path", table, "--out", tmp_path / "out.npz")
+    assert (done.returncode, "4 rows" in done.stdout) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data.limit", "4"], "data.val_fraction: 0.1 of 4 usable images leaves 4 to train on and 0 held out"),
+        (["--evaluate.knn_k", "[]"], "evaluate.linear_c and evaluate.knn_k need at least one value each"),
+        (["--evaluate.linear_c", "[]"], "evaluate.linear_c and evaluate.knn_k need at least one value each"),
+        (["--residue", "simclr"], "--residue: simclr gives images no few views that could be told apart; rotation"),
+        (["--evaluate.transfer", "[FEW]"], "0.1 of 4 usable images leaves 4 to train on and 0 held out"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, said, backbone, picture_folder, tmp_path):
+    for number in range(4):
+        source = sorted(picture_folder.glob(f"train/class {number}/*.png"))[0]
+        (tmp_path / "few" / str(number)).mkdir(parents=True)
+        shutil.copy(source, tmp_path / "few" / str(number))
+    given = [option.replace("FEW", str(tmp_path / "few")) for option in options]
+    done = call(evaluate.main, backbone, "--data.path", picture_folder, *given)
+    assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (2, 1, True), done.stderr
+
+
+def test_what_has_no_labels_to_be_measured_by_is_told(backbone, picture_folder, tmp_path):
+    unlabelled = "there are no labels of two classes or more, so that linear and knn are left out"
+    done = call(evaluate.main, backbone, "--data.path", picture_folder / "train" / "class 1")
+    assert (done.returncode, unlabelled in done.stdout) == (0, True), done.stderr
+    found, _ = load_splits(Data(path=str(picture_folder), size=16), None)
+    rows = [found.paths[index].removeprefix("train/") for index in found.train.tolist()]
+    lines = [f'"{row}",{row.split("/")[0]}\n' for row in rows]
+    (tmp_path / "t.csv").write_text("file,label\n" + "".join(lines))
+    options = ["--data.path", picture_folder / "train", "--data.splits", "none", "--data.labels", tmp_path / "t.csv"]
+    done = call(evaluate.main, backbone, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"none of {len(found.val)} held-out images has a label, so that linear and knn are left out" in done.stdout
 
 
 @pytest.mark.parametrize("command", [embed, predict])

@@ -34,11 +34,13 @@ def test_metadata_gives_labels_and_what_it_does_not_list_stays(tmp_path):
     )
 
 
-def test_more_than_one_class_for_an_image_is_refused(tmp_path):
-    labelled_flat(tmp_path)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "00.png", "label": ["a", "b"]}\n')
+def test_more_than_one_class_for_an_image_is_refused_where_it_is_asked_for(tmp_path):
+    root = tree(tmp_path, {"p": 2, "q": 2})
+    (root / "metadata.jsonl").write_text('{"file_name": "p/00.png", "label": ["a", "b"]}\n')
     with pytest.raises(Refused, match="more than one class"):
-        read(tmp_path)
+        read(root, label_column="label")
+    found, _ = read(root)  # as in a table of images, where nobody asked for that column
+    assert set(by_path(found).values()) == {"p", "q"}
 
 
 def test_metadata_comes_before_folders_where_it_has_the_column_and_else_not(tmp_path):
@@ -58,13 +60,15 @@ def test_metadata_comes_before_folders_where_it_has_the_column_and_else_not(tmp_
     assert set(by_path(sized).values()) == {"0", "1"}
 
 
-@pytest.mark.parametrize("form", ["comma", "tabs", "jsonl", "two columns"])
+@pytest.mark.parametrize("form", ["comma", "tabs", "jsonl", "Parquet", "two columns"])
 def test_a_table_gives_labels(form, tmp_path):
     root = tree(tmp_path / "data", {"p": 3, "q": 3})
     picture(root / "q" / "odd\tname.png")
     rows = [("p/00.png", "x"), ("p/01.png", "y"), ("q/02.png", "x"), (r"q/odd\tname.png", "y")]
-    table = tmp_path / ("t.jsonl" if form == "jsonl" else "t.csv")
-    if form == "jsonl":
+    table = tmp_path / f"t.{form if form in ('jsonl', 'Parquet') else 'csv'}"
+    if form == "Parquet":
+        pq.write_table(pa.table({"file": [f for f, _ in rows], "kind": [k for _, k in rows]}), table)
+    elif form == "jsonl":
         table.write_text("".join(json.dumps({"file": f, "kind": k}) + "\n" for f, k in rows))
     else:
         mark, head = {"comma": (",", "file_name,kind"), "tabs": ("\t", "path\tkind"), "two columns": (";", "image;x")}[
@@ -93,6 +97,12 @@ def test_a_table_that_tells_nothing_is_refused(text, said, tmp_path):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(Refused, match=said):
         read(root, labels=str(tmp_path / "t.csv"))
+
+
+def test_a_workbook_is_refused_with_what_would_be_read(tmp_path):
+    (tmp_path / "t.XLSX").write_bytes(b"PK\3\4")
+    with pytest.raises(Refused, match=r"t\.XLSX cannot be read as a table: it is a workbook; save it as CSV\."):
+        read(labelled_flat(tmp_path / "data"), labels=str(tmp_path / "t.XLSX"))
 
 
 def test_what_a_table_lists_and_nobody_finds_is_bad(tmp_path):

@@ -113,6 +113,30 @@ def test_a_proxy_that_nothing_was_made_from_goes_on_more_than_once(picture_folde
     assert rates[:4] == rates[4:8] == rates[8:]
 
 
+def test_a_longer_fine_tuning_that_was_stopped_is_not_taken_for_the_finished_one(
+    finished, picture_folder, tmp_path, monkeypatch
+):
+    options = ["--data.path", picture_folder, "--data.val_fraction", "0.2", "--run", tmp_path / "tuned"]
+    command = (finetune.main, finished[0] / "hub", *options, "--batch_size", "8", "--epochs")
+    assert call(*command, 1).returncode == 0
+    measured = (tmp_path / "tuned" / "records.jsonl").read_bytes()
+    real = finetune.Keeper.look
+
+    def stop_after_an_epoch(self, step, total):
+        self.context.stop.number = 15
+        self.keep(self.task.result(), "best", step, 1.0)
+        return real(self, step, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Keeper, "look", stop_after_an_epoch)
+        assert call(*command, 3).returncode == 143
+    done = call(*command, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "best is of step 8, and 1 epochs have 4: a longer training went on" in done.stderr
+    assert (tmp_path / "tuned" / "records.jsonl").read_bytes() == measured
+    assert call(*command, 3).returncode == 0
+
+
 def test_fine_tuning_goes_on(finished, picture_folder, tmp_path):
     options = ["--data.path", picture_folder, "--data.val_fraction", "0.2", "--run", tmp_path / "tuned"]
     options += ["--batch_size", "8", "--log.every", "1", "--head_first", "0.5", "--epochs"]

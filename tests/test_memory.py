@@ -1,10 +1,12 @@
 """What stays in memory, what goes to a file, and what is refused because it cannot fit."""
 
+import copy
 import dataclasses
 import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -136,6 +138,14 @@ def test_what_autograd_keeps_is_counted_for_a_view_alone():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.ReLU(), torch.nn.Flatten())
     # The convolution keeps its input, ReLU its output.
     assert peaks.kept(network, 10, "fp32") == 4 * (3 + 8) * 100
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_that_remembers_its_attention_biases_can_be_copied_afterwards(training):
+    widths = {"embed_dim": (8, 8, 8), "num_heads": (1, 1, 1), "depth": (1, 1, 1)}
+    network = timm.create_model("levit_128s", img_size=64, key_dim=4, num_classes=0, **widths).train(training)
+    assert peaks.kept(network, 64, "fp32") > 0
+    assert copy.deepcopy(network).training is training
 
 
 def test_a_run_says_what_it_takes_and_refuses_before_it_begins(picture_folder, tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_the_whole_picture_is_kept_its_short_side_brought_down_and_nothing_enlar
     assert small[:, :, :9].max() < 50
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "alpha", "deep"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "alpha", "deep"])
 def test_a_large_picture_is_what_the_plain_way_makes_of_it_but_in_bands(kind, monkeypatch):
     y, x = np.mgrid[:300, :420]
     waves = (127 + 100 * np.sin(x / 40) * np.cos(y / 30)).astype(np.uint8)
@@ -124,7 +124,7 @@ def test_a_large_picture_is_what_the_plain_way_makes_of_it_but_in_bands(kind, mo
     exif = Image.Exif()
     exif[274] = 8
     white = 51_000 if kind == "deep" else None
-    content = encoded(picture, "JPEG" if kind == "JPEG" else "PNG", exif=exif)
+    content = encoded(picture, kind if kind.isupper() else "PNG", exif=exif)
     plain = P.decode(content, 24, white)
     monkeypatch.setattr(P, "LARGE", 20_000)
     banded = P.decode(content, 24, white)

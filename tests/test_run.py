@@ -126,7 +126,14 @@ def test_embed_writes_features_with_paths_and_earlier_labels(finished, picture_f
         embed.main, folder / "hub", "--data.path", picture_folder, "--out", out, "--clusters", folder / "round_1"
     )
     assert done.returncode == 0, done.stderr
+    larger = tmp_path / "larger.parquet"
+    of_size = ["--data.size", 24, "--out", larger, "--clusters", folder / "round_1"]
+    done = call(embed.main, folder / "hub", "--data.path", picture_folder, *of_size)
+    assert done.returncode == 0, done.stderr
     table, labels = pq.read_table(out), pq.read_table(folder / "round_1" / "labels.parquet")
+    assert pq.read_table(larger)["features"][0] != table["features"][0]
+    for name in ("path", "label_3", "distance_3", "label_5", "distance_5"):  # at the size that they were made at
+        assert pq.read_table(larger)[name] == table[name]
     assert set(table["split"].to_pylist()) == {"train", "test"}
     table = table.filter(pc.equal(table["split"], "train"))
     for name in ("path", "label_3", "label_5"):

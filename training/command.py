@@ -19,7 +19,7 @@ from .config import check_mappings, load
 from .files import Failed, Refused, moved, read_text, reason
 from .limits import PositiveInt
 from .names import escape
-from .recipe import Data, Proxy, Recipe, Running, Schedule
+from .recipe import Data, Evaluate, Proxy, Recipe, Running, Schedule
 
 MISSING = "MODEL is missing: name a model's folder, such as runs/mine/hub, or any name that timm loads with weights"
 NO_STATISTICS = "batch norms that begin at random have no stored statistics to normalise by"
@@ -226,7 +226,16 @@ def check(recipe: Recipe) -> None:
         raise Refused("clusters.k: the list is empty; give at least one number of clusters.")
     if len(set(recipe.clusters.k)) < len(recipe.clusters.k):
         raise Refused(f"clusters.k: {recipe.clusters.k} names a number of clusters twice.")
-    if not recipe.evaluate.linear_c or not recipe.evaluate.knn_k:
+    check_protocols(recipe.evaluate)
+
+
+def check_protocols(settings: Evaluate) -> None:
+    """Refuse protocols without anything to choose from.
+
+    Raises:
+        Refused: naming the field.
+    """
+    if not settings.linear_c or not settings.knn_k:
         raise Refused("evaluate.linear_c and evaluate.knn_k need at least one value each.")
 
 

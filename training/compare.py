@@ -217,7 +217,7 @@ def compare(
             except Refused as error:
                 raise Refused(f"arm {arm}: {error}") from error
         needs = peaks.check(recipe, read[0], network, accelerator)
-    setup.tell(context, train, network)
+    setup.tell(context, read, recipe.evaluate, network)
     context.say(needs)
     if same:
         context.say(f"not run: {', '.join(same)}; by this recipe it is what sslpp is")

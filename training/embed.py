@@ -1,13 +1,13 @@
 """python -m training.embed MODEL --data.path DATA --out OUT.parquet [--clusters ROUND]: features with paths."""
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import backbone as B
 from . import clusters, inputs, proxies, recipe, tables
@@ -44,14 +44,18 @@ def main(arguments: Sequence[str]) -> None:
         network = inputs.model(given.model, data.size)
         stage: Stage = "pooled" if given.stage is None else B.resolve_stage(network, given.stage, "--stage")
         network = on_device(network, context.accelerator.device, data.size or inputs.own_size(network))
+        earlier = Earlier(Path(given.clusters), context) if given.clusters else None
         bad, expect = 0, None
 
         def parts() -> Iterator[pa.Table]:
             nonlocal bad, expect
-            for split, found in zip(*inputs.every_split(network, data, context, data.size), strict=True):
+            names, splits = inputs.every_split(network, data, context, data.size)
+            apart = earlier and inputs.data_for(earlier.network, data) != inputs.data_for(network, data, data.size)
+            again = inputs.every_split(earlier.network, data, context)[1] if apart else None
+            for split, found in zip(names, splits, strict=True):
                 if not expect and (expect := inputs.shrunk(network, found)):
                     context.say(f"{split}: {expect}")
-                labels = assign(Path(given.clusters), found, context, given.batch_size) if given.clusters else {}
+                labels = earlier.labels(next(again) if apart else found, given.batch_size) if earlier else {}
                 yield from rows_of(split, network, found, stage, labels, context, given.batch_size)
                 bad += len(found) - len(found.all)
 
@@ -59,24 +63,36 @@ def main(arguments: Sequence[str]) -> None:
         context.say(f"{count} rows in {out}" + (f", {bad} of them null: not decodable" if bad else ""))
 
 
-def assign(folder: Path, found: Images, context: Context, batch_size: int) -> dict[str, Tensor]:
-    """Labels and distances of an earlier clustering, by the features of the backbone that it was made from."""
-    earlier = clusters.Clustered(folder)
-    check_written(folder / "clusters.json")
-    made = read_json(folder / "clusters.json", "read")
-    read = made["read"]
-    beside = [path for path in folder.parent.iterdir() if (path / "model.safetensors").exists()]
-    source = next((path for path in beside if sha256_file(path / "model.safetensors") == read["backbone"]), None)
-    if source is None or read["clusters.source"] != "backbone":
-        raise Refused(f"--clusters: the backbone whose features {folder} clusters is not beside it.")
-    network = B.load(source)
-    network = on_device(network, context.accelerator.device, inputs.own_size(network))
-    stage = B.resolve_stage(network, made.get("stage", read["clusters.stage"]), "clusters.stage")
-    task = proxies.find(read["proxy.name"])
-    proxy = recipe.Proxy(name=read["proxy.name"], options=task.Options(**(read["proxy.options"] or {})))
-    views = clusters.views_called(read["views"], proxy)
-    seen = dataclasses.replace(B.as_seen_by(network, found), size=inputs.own_size(network))
-    return earlier(clusters.averaged(network, seen, seen.all, stage, views, context, batch_size)[0])
+class Earlier:
+    """An earlier round's clusters, by the features of the backbone that they were made from.
+
+    Args:
+        folder: of the round.
+        context: the run.
+    """
+
+    def __init__(self, folder: Path, context: Context) -> None:
+        self.clusters, self.context = clusters.Clustered(folder), context
+        check_written(folder / "clusters.json")
+        made = read_json(folder / "clusters.json", "read")
+        read = made["read"]
+        beside = [path for path in folder.parent.iterdir() if (path / "model.safetensors").exists()]
+        source = next((path for path in beside if sha256_file(path / "model.safetensors") == read["backbone"]), None)
+        if source is None or read["clusters.source"] != "backbone":
+            raise Refused(f"--clusters: the backbone whose features {folder} clusters is not beside it.")
+        network = B.load(source)
+        self.network = on_device(network, context.accelerator.device, inputs.own_size(network))
+        self.stage = B.resolve_stage(network, made.get("stage", read["clusters.stage"]), "clusters.stage")
+        task = proxies.find(read["proxy.name"])
+        proxy = recipe.Proxy(name=read["proxy.name"], options=task.Options(**(read["proxy.options"] or {})))
+        self.views = clusters.views_called(read["views"], proxy)
+
+    def labels(self, found: Images, batch_size: int) -> dict[str, dict[int, Any]]:
+        """Labels and distances of images, at that backbone's own size, by name and the image's index."""
+        seen = B.as_seen_by(self.network, found)
+        rows, _ = clusters.averaged(self.network, seen, seen.all, self.stage, self.views, self.context, batch_size)
+        told = self.clusters(rows)
+        return {name: dict(zip(found.all.tolist(), values.tolist(), strict=True)) for name, values in told.items()}
 
 
 def rows_of(
@@ -84,12 +100,11 @@ def rows_of(
     network: nn.Module,
     found: Images,
     stage: Stage,
-    labels: dict[str, Tensor],
+    labels: dict[str, dict[int, Any]],
     context: Context,
     batch_size: int,
 ) -> Iterator[pa.Table]:
     """split, index in it, path, features and any labels of every image; null where one could not be decoded."""
-    place = {index: number for number, index in enumerate(found.all.tolist())}
     stages = [] if stage == "pooled" else [stage]
     for start in range(0, len(found), ROWS):
         part = torch.arange(start, min(start + ROWS, len(found)))
@@ -107,8 +122,7 @@ def rows_of(
         }
         for name, values in labels.items():
             kind = pa.int32() if name.startswith("label") else pa.float32()
-            picked = [values[place[i]].item() if i in place else None for i in part.tolist()]
-            columns[name] = pa.array(picked, kind)
+            columns[name] = pa.array(map(values.get, part.tolist()), kind)
         yield pa.table(columns)
 
 

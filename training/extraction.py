@@ -38,13 +38,13 @@ def features(network: nn.Module, images: Tensor, stages: Iterable[int]) -> dict[
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, after which every module is in the mode that it was in."""
-    modes = {module: module.training for module in network.modules()}
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, mode in modes:  # those inside a module after it
+            module.train(mode)  # whereby LeViT and its like drop what they remember, which nobody could copy
 
 
 def plain_batch(

@@ -1,6 +1,7 @@
 """Figures of a run, drawn from records, metrics and images. charts.py draws arms side by side."""
 
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from .views import resized_crop
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+# Classes may be called in any script; a mark that the font has not is drawn as a box, which needs no warning.
+warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
 
 NO_CURVES = ("phase", "round", "step", "images", "images_per_second", "lr")
 TILE, GAP, ABOVE, FRAME = 64, 4, 12, 3  # px of an image in a sheet, beside and above one, and of a frame around one

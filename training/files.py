@@ -184,7 +184,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
+def read_json(
+    path: Path, *keys: str, advice: str = "remove it to have it made again, or take it back from a copy"
+) -> dict[str, Any]:
     """An object with some keys.
 
     Raises:
@@ -195,7 +197,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     except (ValueError, RecursionError):  # of JSON, or of UTF-8
         value = None
     if not isinstance(value, dict) or not all(key in value for key in keys):
-        raise Failed(f"{path} is damaged; remove it to have it made again, or take it back from a copy.")
+        raise Failed(f"{path} is damaged; {advice}.")
     return value
 
 

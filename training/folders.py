@@ -143,13 +143,14 @@ def walk(root: str) -> Tree:
     return Tree({path: images[path] for path in sorted(images, key=lambda path: path.split("/"))}, others, metadata)
 
 
-def read(roots: list[str], trees: list[Tree], data: Data) -> tuple[dict[str, FolderSource], int]:
+def read(roots: list[str], trees: list[Tree], data: Data, labelled: bool = True) -> tuple[dict[str, FolderSource], int]:
     """The splits of folders of images, united by name, and how many files lie beside all splits.
 
     Args:
         roots: the folders.
         trees: what lies in each.
         data: what was asked for.
+        labelled: whether metadata files are read.
 
     Raises:
         Refused: what is a split cannot be told, or labels cannot be read.
@@ -174,7 +175,7 @@ def read(roots: list[str], trees: list[Tree], data: Data) -> tuple[dict[str, Fol
                     listed[files[path]] = table.labels[file]
                     used.add(file)
         else:
-            for place in tree.metadata:
+            for place in tree.metadata if labelled else ():
                 known, absent = _metadata(root, place, files, data.label_column)
                 told = told or known is not None
                 listed |= known or {}

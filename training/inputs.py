@@ -94,7 +94,7 @@ def load_for(
     """The splits as a model expects them, at its own size if no other is given, with its crop or the images' own."""
     if not own_crop:
         say_crop(network, context)
-    train, test = load_splits(_for(network, data, size), context, tuning)
+    train, test = load_splits(data_for(network, data, size), context, tuning)
     return B.as_seen_by(network, train, own_crop), B.as_seen_by(network, test, own_crop) if test else None
 
 
@@ -106,8 +106,8 @@ def every_split(
     What cannot be decoded keeps its place in a split of which something can.
     """
     say_crop(network, context)
-    data = dataclasses.replace(_for(network, data, size), max_bad_fraction=1.0)
-    found, _ = sources.read(data)
+    data = dataclasses.replace(data_for(network, data, size), max_bad_fraction=1.0)
+    found, _ = sources.read(data, labelled=False)
     names = [sources.uses(data, found).train] if data.split else [name for name, source in found.items() if len(source)]
 
     def read() -> Iterator[Images]:
@@ -128,7 +128,8 @@ def say_crop(network: nn.Module, context: Context) -> None:
         context.say(f"the model's own transform {what.get(mode, f'crops by {mode}')}; here it sees their centre")
 
 
-def _for(network: nn.Module, data: Data, size: int | None) -> Data:
+def data_for(network: nn.Module, data: Data, size: int | None = None) -> Data:
+    """The data as a model is to see them, at its own size if no other is given."""
     return dataclasses.replace(scaled_for(network, data), size=size or own_size(network))
 
 

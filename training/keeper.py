@@ -1,12 +1,14 @@
 """What a fine-tuning keeps: the classifier that was best on held-out images, and the last, and what they are worth."""
 
+from pathlib import Path
+
 from torch import nn
 
 from . import backbone as B
 from . import classifier, classifier_report, longer, records
-from .files import Refused, read_json, sha256_file, sha256_json, whole_folder, write_json
+from .files import Failed, Refused, read_json, sha256_file, sha256_json, whole_folder, write_json
 from .images import Images
-from .loop import Context
+from .loop import Context, steps_of
 from .markers import check_written, written
 from .operations import on_device
 
@@ -60,6 +62,24 @@ class Keeper:
             made = written(beside, B.FILES)
             write_json(beside / "finetune.json", {"step": step, "val_top1": top1, "wrote": made})
 
+    def check_kept(self, folder: Path, steps: int) -> None:
+        """Refuse to measure a classifier that is not what a training of so many steps wrote.
+
+        Raises:
+            Refused: it is from a longer training.
+            Failed: it is gone, or damaged.
+        """
+        marker, again = folder / "finetune.json", f"choose another --run, or remove {folder.parent} to train again"
+        if not marker.exists():
+            raise Failed(f"{folder} is gone, or a part of it; {again}.")
+        check_written(marker, again)
+        step = read_json(marker, "step")["step"]
+        if step > steps:
+            raise Refused(
+                f"epochs: {folder} is of step {step}, and {self.settings.epochs:g} epochs have {steps}: a longer "
+                "training went on from them and was stopped; ask for its epochs again, or choose another --run."
+            )
+
     def measure(self, model: str, precision: str, learned: int) -> None:
         """Records of the best and the last classifier, on the held-out part and the test split; report and cards."""
         path, found, train = self.context.folder / "records.jsonl", [], self.splits["train"]
@@ -69,11 +89,10 @@ class Keeper:
         names = ("labels", "epochs", "scratch", "lr", "layer_decay", "head_first")
         told = {name: getattr(settings, name) for name in names}
         splits = ("val", *(s for s in self.splits if s != "train"))
+        steps = steps_of(settings, learned)[1]
         for name in ("last", "best"):
             folder = self.context.folder / name
-            if not folder.exists():
-                raise Refused(f"{folder} is gone; choose another --run, or remove {folder.parent} to train again.")
-            check_written(folder / "finetune.json")
+            self.check_kept(folder, steps)
             network = on_device(B.load(folder), self.context.accelerator.device, train.size)
             shared = {
                 "arm": "finetune",

@@ -16,6 +16,7 @@ from .names import escape, unescape
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 FILE_COLUMNS = ("file_name", "file", "filename", "path", "image")
+WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 Rows = list[dict[str, Any]]
 
 
@@ -51,6 +52,8 @@ def metadata(file: str, column: str | None) -> Table | None:
     if "file_name" not in columns:
         return None
     label = label_column(columns, column)
+    if not column and any(isinstance(row.get(label), list | dict) for row in rows):
+        label = None  # several classes of an image, which nobody asked for
     return Table(file, _labels(escape(file), rows, "file_name", label), label)
 
 
@@ -136,10 +139,13 @@ def _rows(file: str) -> Rows:
         Refused: it cannot be read.
     """
     try:
-        if file.endswith(".parquet"):
+        ending = Path(file).suffix.lower()
+        if ending in WORKBOOKS:
+            raise ValueError("it is a workbook; save it as CSV")
+        if ending == ".parquet":
             return pq.read_table(file).to_pylist()
         text = _text(Path(file).read_bytes())
-        if file.endswith((".jsonl", ".json")):
+        if ending in (".jsonl", ".json"):
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError("a line is no JSON object")

@@ -12,18 +12,23 @@ def written(folder: Path, names: Collection[str]) -> dict[str, str]:
     return {name: sha256_file(folder / name) for name in sorted(names)}
 
 
-def check_written(marker: Path) -> None:
+def check_written(marker: Path, advice: str | None = None) -> None:
     """Compare the files that a marker tells of with what was written then.
+
+    Args:
+        marker: of a phase.
+        advice: what to do if they are others; without it, to do the phase again.
 
     Raises:
         Failed: one is another, or gone.
     """
-    for name, digest in read_json(marker).get("wrote", {}).items():
+    advice = advice or f"delete {marker} to do that phase again, or take the file back from a copy"
+    for name, digest in read_json(marker, advice=advice).get("wrote", {}).items():
         path = marker.parent / name
         if not path.exists() or sha256_file(path) != digest:
             raise Failed(
                 f"{path} is {'not what was written' if path.exists() else 'gone'}: its sha256 is not the one in "
-                f"{marker.name}; delete {marker} to do that phase again, or take the file back from a copy."
+                f"{marker.name}; {advice}."
             )
 
 

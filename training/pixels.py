@@ -165,8 +165,9 @@ def decode(content: bytes, side: int, white: float | None = None, path: str = ""
 
 def _reduced(picture: Image.Image, side: int, white: float | None) -> Image.Image:
     """A large picture as RGB, upright, averaged down to about twice `side` at least, without a second copy of it."""
-    orientation = picture.getexif().get(ORIENTATION, 1)
     picture.draft(None, (2 * side * picture.width // min(picture.size), 2 * side * picture.height // min(picture.size)))
+    picture.load()
+    orientation = picture.getexif().get(ORIENTATION, 1)  # which a TIFF loses as it is read, upright already
     factor = max(1, min(picture.size) // (2 * side))
     rows = max(1, LARGE // 4 // picture.width // factor) * factor
     bands = []

@@ -16,6 +16,7 @@ from . import backbone as B
 from . import clusters, costs, images, longer, peaks, proxies, records, relearn, report
 from .batches import draw_batch
 from .checkpoints import can_be_kept
+from .evaluate import unprobed
 from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, refuse_kind, write_json, write_text
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
@@ -24,7 +25,7 @@ from .markers import refuse_other
 from .memory import bound
 from .names import escape
 from .operations import dead_taps, on_device, suited
-from .recipe import READS, Data, Proxy, Recipe, Schedule, phase_fields, to_yaml
+from .recipe import READS, Data, Evaluate, Proxy, Recipe, Schedule, phase_fields, to_yaml
 from .task import BackboneTask, check_norms
 
 Splits = tuple[Images, Images | None]
@@ -190,7 +191,7 @@ def load_transfer(paths: list[str], data: Data, own: Splits, context: Context) -
     """Other data sets by name, at the size and with the statistics of one's own training split.
 
     Raises:
-        Refused: one has no labels.
+        Refused: one has no labels, or nothing to hold out.
     """
     found: dict[str, Splits] = {}
     taken = resident(own)
@@ -202,6 +203,7 @@ def load_transfer(paths: list[str], data: Data, own: Splits, context: Context) -
         name = called[number] + (f" ({same + 1})" if same else "")
         splits = load_splits(other, context, apart=Path("transfer") / re.sub(r"\W+", "_", path), taken=taken)
         taken += resident(splits)
+        check_split(other, splits[0], f"evaluate.transfer: {path}")
         if any(split is not None and split.labels is None for split in splits):
             raise Refused(f"evaluate.transfer: {path} has no labels in a split that is to be measured.")
         seen = {"mean": own[0].mean, "std": own[0].std, "size": own[0].size}
@@ -295,7 +297,14 @@ def refuse(recipe: Recipe, train: Images, network: nn.Module, accelerator: Accel
         check_norms(settings, processes, step, "proxy.")
 
 
-def check_split(data: Data, images: Images) -> None:
+def tell_unprobed(own: Splits, transfer: dict[str, Splits], settings: Evaluate, context: Context) -> None:
+    """Say where nothing that needs classes can be measured."""
+    for name, splits in {"": own, **transfer}.items():
+        if why := unprobed(splits, settings):
+            context.say(f"{name + ': ' if name else ''}{why}, so that linear and knn are left out")
+
+
+def check_split(data: Data, images: Images, field: str = "data.val_fraction") -> None:
     """Refuse a held-out part of nothing, or of everything.
 
     Raises:
@@ -303,7 +312,7 @@ def check_split(data: Data, images: Images) -> None:
     """
     if not len(images.train) or not len(images.val):
         raise Refused(
-            f"data.val_fraction: {data.held_out:g} of {len(images.all)} usable images leaves "
+            f"{field}: {data.held_out:g} of {len(images.all)} usable images leaves "
             f"{len(images.train)} to train on and {len(images.val)} held out; at least one of each is needed."
         )
 
@@ -335,9 +344,11 @@ def check_fits(schedule: Schedule, images: int, processes: int, prefix: str = ""
     steps_of(schedule, images, prefix)
 
 
-def tell(context: Context, train: Images, network: nn.Module) -> None:
-    """Say what each split is for, and warn of weights that never see data."""
+def tell(context: Context, read: Read, settings: Evaluate, network: nn.Module) -> None:
+    """Say what each split is for, what cannot be measured, and warn of weights that never see data."""
+    (train, test), transfer = read
     context.say(report.splits_line(train.account))
+    tell_unprobed((train, test), transfer, settings, context)
     if dead := dead_taps(network, train.size):
         name, (taps, total) = max(dead.items(), key=lambda item: item[1])
         context.say(
@@ -349,7 +360,7 @@ def tell(context: Context, train: Images, network: nn.Module) -> None:
 def _announce(run: Run, network: nn.Module) -> None:
     """A line each: what splits are for, what of the network is useless, what runs where, for how long, on what disk."""
     recipe, train, processes = run.recipe, run.train, run.accelerator.num_processes
-    tell(run.context, train, network)
+    tell(run.context, ((train, run.test), run.transfer), recipe.evaluate, network)
     schedules = (recipe.proxy, *[recipe.relearn] * min(1, recipe.relearn.rounds))
     batch = ", ".join(str(size) for size in dict.fromkeys(s.batch_size for s in schedules if s.epochs)) or "none"
     backbones = 2 + recipe.relearn.rounds  # the untrained network, and after each phase

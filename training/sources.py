@@ -81,8 +81,12 @@ class TableSource:
 Source = FolderSource | TableSource
 
 
-def read(data: Data) -> tuple[dict[str, Source], int]:
+def read(data: Data, labelled: bool = True) -> tuple[dict[str, Source], int]:
     """The splits that the data have, by name, and how many files lie beside all of them.
+
+    Args:
+        data: what was asked for.
+        labelled: whether labels are asked for; if not, no table of them is read.
 
     Raises:
         Refused: the data cannot be read.
@@ -90,7 +94,7 @@ def read(data: Data) -> tuple[dict[str, Source], int]:
     """
     paths = data.paths
     if paths == ["digits"]:
-        return {name: _table(rows, data, ()) for name, rows in _digits().items()}, 0
+        return {name: _table(rows, data, (), labelled) for name, rows in _digits().items()}, 0
     found = [_folder(path) for path in paths]
     if len(paths) > 1 and not all(found):
         raise Refused("data.path: several are united only if each is a folder of images.")
@@ -99,12 +103,12 @@ def read(data: Data) -> tuple[dict[str, Source], int]:
             if getattr(data, name):
                 raise Refused(f"data.{name}: this is for data sets, and {escape(paths[0])} is a folder of images.")
         roots, trees = zip(*found, strict=True)
-        return folders.read(list(roots), list(trees), data)
+        return folders.read(list(roots), list(trees), data, labelled)
     for name, value in (("labels", data.labels), ("splits", None if data.splits == "auto" else data.splits)):
         if value:
             raise Refused(f"data.{name}: this is for folders of images, and {paths[0]} is none.")
     tables, trusted = _load(paths[0], data)
-    return {name: _table(rows, data, trusted) for name, rows in tables.items()}, 0
+    return {name: _table(rows, data, trusted, labelled) for name, rows in tables.items()}, 0
 
 
 def _folder(given: str) -> tuple[str, folders.Tree] | None:
@@ -135,11 +139,11 @@ def _folder(given: str) -> tuple[str, folders.Tree] | None:
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "nothing"
         advice = "; unpack the archives first" if any(kind in ARCHIVES for kind in kinds) else ""
         raise Refused(f"data.path: {escape(given)} holds no image (but {told}){advice}.")
-    if any(_holds_images(os.path.join(path, name)) for name in tables if name.endswith(".parquet")):
+    if any(_holds_images(os.path.join(path, name)) for name in tables if name.lower().endswith(".parquet")):
         raise Refused(
             f"data.path: {escape(given)} has image files and parquet files that hold images; name the folder of either."
         )
-    if any(_holds_samples(os.path.join(path, name)) for name in tables if name.endswith(".tar")):
+    if any(_holds_samples(os.path.join(path, name)) for name in tables if name.lower().endswith(".tar")):
         raise Refused(
             f"data.path: {escape(given)} has image files and archives of a webdataset; name the folder of either."
         )
@@ -268,10 +272,10 @@ def _digits() -> dict[str, datasets.Dataset]:
     }
 
 
-def _table(rows: datasets.Dataset, data: Data, trusted: tuple[Path, ...]) -> TableSource:
+def _table(rows: datasets.Dataset, data: Data, trusted: tuple[Path, ...], labelled: bool) -> TableSource:
     column = _image_column(rows, data)
     undecoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return TableSource(undecoded, column, *_labels(rows, data), trusted)
+    return TableSource(undecoded, column, *(_labels(rows, data) if labelled else (None, None)), trusted)
 
 
 def _image_column(rows: datasets.Dataset, data: Data) -> str:

@@ -151,6 +151,17 @@ def labels_of(parts: dict[str, tuple[Images, Tensor]]) -> dict[str, Tensor]:
     return {name: images.labels[indices] for name, (images, indices) in parts.items() if images.labels is not None}
 
 
+def unprobed(splits: Splits, settings: recipe.Evaluate) -> str | None:
+    """Why nothing that needs classes is measured; None where it is."""
+    if splits[0].labels is None:
+        return "there are no labels of two classes or more"
+    called = {"train": "training", "val": "held-out", "test": "test"}
+    for name, (images, indices) in parts_of(splits, settings).items():
+        if images.labels is not None and not len(images.labelled(indices)):
+            return f"none of {len(indices)} {called[name]} images has a label"
+    return None
+
+
 def measured(parts: dict[str, Any]) -> list[str]:
     """The parts that figures are of, in one order."""
     return [name for name in parts if name != "train"]
