@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from tests.test_report import record
-from training import contrast, records, report
+from training import contrast, records, report, verdict
 
 
 def rows():
@@ -37,6 +37,14 @@ def test_metrics_are_read_off_the_stages():
     assert values["residue pooled"] is None
     turned = [{**r, "protocol": "residue"} for r in rows() if (r["arm"], r["protocol"]) == ("sslpp", "linear")]
     assert [line[-1] for line in contrast.summary(rows() + turned, "test")] == ["residue", "62.0", "", ""]
+
+
+def test_of_other_numbers_of_neighbours_the_fewest_are_shown_and_named():
+    few = [{**r, "settings": {**r["settings"], "k": 7}} if r["settings"].get("k") == 20 else r for r in rows()]
+    assert contrast.metric(few, "sslpp", 1, "knn pooled", "test") == pytest.approx(52)
+    assert contrast.contrast(few, "knn pooled", "test")[0][0] == "nearest neighbours (k = 7), pooled"
+    assert contrast.summary(few, "test")[0][5:7] == ["kNN 7", "kNN 7, drop"]
+    assert any(line.startswith("Nearest neighbours (k = 7), pooled") for line in verdict.verdict(few))
 
 
 def test_differences_are_paired_by_seed():
@@ -91,7 +99,7 @@ def test_tasks_side_by_side_show_what_each_and_ssl_add():
     own = [{**short[0], **own, "seed": seed, "value": 0.5 + 0.1 * seed} for seed in (0, 1, 2)]
     made = contrast.tasks([{**r, "task": "rotation"} for r in base + short + own])
     assert [lines[0][0] for lines in made] == [
-        "proxy task", contrast.METRICS["linear pooled"], contrast.METRICS["knn pooled"]
+        "proxy task", "linear probe, pooled", "nearest neighbours (k = 20), pooled"
     ]  # fmt: skip
     low, high = contrast.interval([18.0, 18.0, 24.0])
     assert made[0][1][:6] == [
@@ -124,5 +132,5 @@ def test_proxy_tasks_on_other_images_too():
         contrast.across(base + other, f"{probe} pooled") for probe in ("linear", "knn")
     ]
     assert [lines[0][0] for lines in contrast.tasks(base)] == [
-        "proxy task", *(contrast.METRICS[f"{probe} pooled"] for probe in ("linear", "knn"))
+        "proxy task", "linear probe, pooled", "nearest neighbours (k = 20), pooled"
     ]  # fmt: skip

@@ -71,7 +71,8 @@ def differences(path: Path, rows: contrast.Records, split: str) -> None:
         axis.set_xticks([-tick for tick in reversed(ticks)] + [0, *ticks])
         axis.set_xticklabels([f"{tick:+d}" if tick else "0" for tick in axis.get_xticks().astype(int)])
         axis.minorticks_off()
-        axis.set_title(contrast.METRICS[name] + (" (less is better)" if name.startswith("residue") else ""), fontsize=9)
+        less = " (less is better)" if name.startswith("residue") else ""
+        axis.set_title(contrast.title(name, rows) + less, fontsize=9)
         axis.set_xlabel("sslpp minus the arm, points")
         axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(arms)), arms)
@@ -98,7 +99,7 @@ def by_stage(path: Path, rows: contrast.Records, split: str) -> None:
             known = [(place + shift, *_bar(values)) for place, values in known if values]
             if known:
                 x, y, bars = zip(*known, strict=True)
-                label = contrast.METRICS[f"{metric} pooled"].split(",")[0]
+                label = contrast.title(f"{metric} pooled", rows).split(",")[0]
                 axis.errorbar(x, y, yerr=bars, fmt=style, ms=4, lw=1.2, capsize=2, color=COLOURS[arm], label=label)
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, -2), max(high, 2))  # a difference of nothing looks like one
@@ -143,7 +144,7 @@ def costs(path: Path, rows: contrast.Records, arms: list[str], split: str) -> No
     right.margins(x=0.5)
     right.set_xlim(left=0)
     right.set_xlabel(f"{UNITS[unit]} of floating-point operations")
-    left.set_xlabel(f"{contrast.METRICS[name]}, % on {WHERE[where]}")
+    left.set_xlabel(f"{contrast.title(name, rows)}, % on {WHERE[where]}")
     left.set_yticks(range(len(arms)), arms)
     left.set_ylim(len(arms) - 0.4, -0.6)
     for axis in (left, right):

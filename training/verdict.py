@@ -24,6 +24,7 @@ from .contrast import (
     paired,
     summary,
     tables,
+    title,
     transferred,
 )
 from .files import write_text
@@ -101,7 +102,7 @@ def verdict(rows: Records) -> list[str]:
         ours = statistics.mean(over_seeds(rows, "sslpp", name, split))
         count = max(map(len, found.values()))
         told = f"{count} seeds" if count > 1 else f"one seed ({seeds[0]})"
-        lines.append(f"{METRICS[name].capitalize()}, {told}: sslpp ({ours:.1f} %) is {compared(found)}.")
+        lines.append(f"{title(name, rows).capitalize()}, {told}: sslpp ({ours:.1f} %) is {compared(found)}.")
         if more := telling_apart(found):
             lines.append(f"What would tell these apart: {more}.")
     if lines:
