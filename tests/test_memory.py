@@ -140,6 +140,13 @@ def test_what_autograd_keeps_is_counted_for_a_view_alone():
     assert peaks.kept(network, 10, "fp32") == 4 * (3 + 8) * 100
 
 
+@pytest.mark.parametrize("name", ["edgenext_xx_small", "vit_tiny_patch16_dinov3_qkvb"])
+def test_networks_that_make_their_embeddings_as_they_run_are_counted(name):
+    network = B.create(Model(name), 64)
+    heads = [p.shape for p in peaks.relearned(Relearn(mlp_dim=8, mlp_layers=1), [3], network, 64)[-1].parameters()]
+    assert heads == [(3, 8), (3,)]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_network_that_remembers_its_attention_biases_can_be_copied_afterwards(training):
     widths = {"embed_dim": (8, 8, 8), "num_heads": (1, 1, 1), "depth": (1, 1, 1)}

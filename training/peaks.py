@@ -89,8 +89,9 @@ def held(task: nn.Module, schedule: Schedule) -> float:
 
 def relearned(settings: Relearn, clusters: list[int], network: nn.Module, size: int) -> nn.Module:
     """The network, its disposable MLP and a head for each clustering, as phase 3 learns them, the last two unfilled."""
+    pooled = pooled_size(network, size)
     with torch.device("meta"):
-        blocks, width = mlp(pooled_size(network, size), settings.mlp_dim, settings.mlp_layers)
+        blocks, width = mlp(pooled, settings.mlp_dim, settings.mlp_layers)
         heads = [nn.Linear(width, k) for k in clusters]
     average = [copy.deepcopy(network).requires_grad_(False)] if settings.ema else []
     return nn.ModuleList([network, blocks, *heads, *average])
