@@ -4,6 +4,7 @@ import pytest
 
 from tests.conftest import call
 from training import benchmark
+from training.benchmark import __main__ as B
 from training.benchmark import parts
 from training.benchmark.__main__ import main
 from training.files import read_lines
@@ -36,6 +37,13 @@ def test_an_unknown_part_is_refused():
     done = call(main, "speed")
     assert done.returncode == 2
     assert "there is no part 'speed'" in done.stderr
+
+
+def test_a_peer_that_is_not_installed_is_told_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(B, "find_spec", lambda name: None if name == "faiss" else name)
+    monkeypatch.setattr(B, "PARTS", {name: lambda size: pytest.fail("measured") for name in B.PARTS})
+    done = call(main, "start", "kmeans", "--size", "tiny")
+    assert (done.returncode, "error: kmeans is measured against faiss: pip install" in done.stderr) == (2, True)
 
 
 def test_a_ratio_is_the_peers_time_over_ours_by_its_median():

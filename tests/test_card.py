@@ -130,6 +130,12 @@ def test_it_says_what_the_model_started_from():
     lent = card.what(command.parse([*base, "--model.pretrained", "true", "--proxy.epochs", "0"]), [], "sslpp")
     assert "from the weights of resnet50, whatever these were trained on, then from clusters" in lent
     assert "from new weights" not in own + lent
+    for source, told in (("labels", "the true labels"), ("random", "clusters of an untrained network's features")):
+        text = card.what(command.parse([*base, "--clusters.source", source, "--clusters.k", "[77]"]), [], "sslpp")
+        assert f"then from {told}" in text
+        assert f"Here it was {told}" in text
+        assert ("k = 77" in text) == (source == "random")
+    assert "Here it was" not in own + lent
     for rounds in (1, 0):
         made = command.parse([*base, "--relearn.reinit", "high", "--relearn.rounds", str(rounds)])
         assert ("The high ones started from new weights here." in card.what(made, [], "sslpp")) == bool(rounds)

@@ -69,8 +69,8 @@ def test_more_epochs_go_on_from_the_last_checkpoint_by_a_new_schedule(longer, pi
 def test_what_goes_on_and_is_interrupted_ends_in_the_same_weights(longer, run, picture_folder, unmeasured, monkeypatch):
     real, stopped = loop.save_checkpoint, []
 
-    def stop(task, optimizer, key, step, fingerprint, context):
-        real(task, optimizer, key, step, fingerprint, context)
+    def stop(task, optimizer, key, step, told, context):
+        real(task, optimizer, key, step, told, context)
         if step == 10 and not stopped:
             stopped.append(step)
             context.stop.number = 15

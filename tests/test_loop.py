@@ -55,10 +55,10 @@ def make(**kwargs):
     return Mean(**kwargs)
 
 
-def run(task, context, images=None, first=0, last=None, fingerprint="x", **schedule):
+def run(task, context, images=None, first=0, last=None, read="x", **schedule):
     images = images or make_images()
     settings = Schedule(**{"epochs": 3, "batch_size": 8, "lr": 0.1, **schedule})
-    loop.train(task, images, images.train, settings, KEY, context, fingerprint, first, last)
+    loop.train(task, images, images.train, settings, KEY, context, read, first, last)
     return task
 
 
@@ -267,6 +267,24 @@ def test_a_checkpoint_of_another_phase_or_recipe_is_not_taken_up(context):
     assert checkpoints.load("relearn_1", "x") is None
 
 
+def test_checkpoints_of_an_unfinished_training_with_other_settings_are_kept(context):
+    context.checkpoint_every = 3
+    task = make()
+    task.after = lambda step: setattr(context.stop, "number", 15 if step == 6 else None)
+    with pytest.raises(Interrupted):
+        run(task, context)
+    context.stop.number = None
+    (path,) = [path for path in context.checkpoints.found("proxy_0") if path.name.endswith("6")]
+    with pytest.raises(Refused, match=rf"{path} is of a training with other settings.* of its 12 steps 6 are done"):
+        run(make(), context, read="y")
+    assert path.exists()
+    (told,) = context.checkpoints.begun()
+    assert (told["phase"], told["read"], told["step"], told["of"]) == ("proxy_0", "x", 6, 12)
+    run(make(), context)
+    assert context.checkpoints.begun() == []
+    run(make(), context, read="y")
+
+
 def test_a_part_of_the_schedule_that_is_over_is_not_done_again(context):
     task = run(make(), context, last=6)
     run(task, context, first=6)
@@ -319,10 +337,11 @@ def test_the_average_starts_where_it_is_told_to_and_is_the_result():
 
 def test_operations_are_counted_without_touching_the_task(context):
     images, task = make_images(), make()
-    before = copy.deepcopy(task.state_dict())
     batch = loop.draw_batch(images, images.train, Schedule(batch_size=8), KEY, 0, 0, context.accelerator, rows=2)
     # forward: 3 x 1 products; backward: those of the weight's gradient; a multiply-add counts two
-    assert loop.count_flops(task, batch) == 2 * 3 + 2 * 3
+    task.idle = nn.Parameter(torch.zeros(2))
+    before = copy.deepcopy(task.state_dict())
+    assert loop.rehearse(task, batch) == (2 * 3 + 2 * 3, ["idle"])
     assert all(torch.equal(before[k], v) for k, v in task.state_dict().items())
     assert all(p.grad is None for p in task.parameters())
 

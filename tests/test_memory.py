@@ -171,9 +171,9 @@ def test_out_of_memory_in_a_step_says_what_halves_it(context):
     shown, schedule = make_images(), Relearn(batch_size=8, accumulate=2, epochs=1)
     task = Large(B.create(Model("test_resnet"), 16), schedule, shown)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Failed, match=r"relearn: .* 4 images .*accumulate 4"):
-        patch.setattr("training.loop.count_flops", lambda *_: 0.0)
+        patch.setattr("training.loop.rehearse", lambda *_: (0.0, []))
         train(task, shown, shown.train, schedule, Key(0, "relearn"), context, "x")
     task.whole_batch = True
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Failed, match=r"relearn\.batch_size 4"):
-        patch.setattr("training.loop.count_flops", lambda *_: 0.0)
+        patch.setattr("training.loop.rehearse", lambda *_: (0.0, []))
         train(task, shown, shown.train, schedule, Key(0, "relearn"), context, "x")

@@ -1,5 +1,6 @@
 """What exists is not done again, what read something else is refused, and what is not what was written is told."""
 
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import call, tiny_run, write_png
-from training import command, once, recipe, records
+from training import command, loop, once, recipe, records
 from training.__main__ import main
 from training.files import read_json, sha256_file
 
@@ -70,6 +71,45 @@ def test_true_labels_that_change_are_noticed_where_they_are_used(tmp_path):
     labels("ab")
     changed = tiny_run(tmp_path / "taught", data, *options)
     assert (changed.returncode, changed.stderr.startswith("error: labels: ")) == (2, True)
+
+
+def test_weights_to_start_from_that_change_under_their_name_are_noticed(finished, picture_folder, tmp_path):
+    start, run = shutil.copytree(finished[0] / "hub", tmp_path / "start"), tmp_path / "run"
+    options = ["--model.name", f"local-dir:{start}", "--model.pretrained", "true", "--proxy.epochs", "0"]
+    options += ["--relearn.epochs", "0.5"]
+    assert tiny_run(run, picture_folder, *options).returncode == 0
+    assert tiny_run(run, picture_folder, *options).returncode == 0
+    shutil.copy(finished[0] / "proxy" / "model.safetensors", start)
+    report = (run / "report.md").read_bytes()
+    changed = tiny_run(run, picture_folder, *options)
+    assert (changed.returncode, changed.stderr.count("\n")) == (2, 1), changed.stderr
+    assert "weights: " in changed.stderr
+    assert "other weights to start from (model.safetensors)" in changed.stderr
+    assert (run / "report.md").read_bytes() == report
+    shutil.rmtree(start)  # what is finished needs it no more
+    marker = read_json(run / "proxy" / "proxy.json")
+    del marker["read"]["weights"]  # as older versions left it
+    shutil.copytree(finished[0] / "hub", start)
+    (run / "proxy" / "proxy.json").write_text(json.dumps(marker))
+    assert tiny_run(run, picture_folder, *options).returncode == 0
+
+
+def test_a_training_under_way_is_not_begun_anew_with_other_settings(picture_folder, tmp_path, monkeypatch):
+    run, real = tmp_path / "run", loop.save_checkpoint
+
+    def stop(task, optimizer, key, step, told, context):
+        real(task, optimizer, key, step, told, context)
+        context.stop.number = 15 if key.phase == "relearn" and step == 6 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", stop)
+        assert tiny_run(run, picture_folder, "--checkpoint_every", "3").returncode == 143
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    other = tiny_run(run, picture_folder, "--relearn.lr", "0.5")
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1), other.stderr
+    assert f"relearn.lr: the training in {run}, of whose 8 steps 7 are done, was begun with 0.02" in other.stderr
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert tiny_run(run, picture_folder).returncode == 0
 
 
 def flip(path, place=-1):

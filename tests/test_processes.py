@@ -109,6 +109,7 @@ torch.manual_seed(accelerator.process_index)
 before = network()
 if accelerator.process_index:  # even if they had begun apart
     before.layer4[0].conv1.weight.data.add_(1)
+before.idle = torch.nn.Parameter(torch.ones(2))  # as EfficientViM has one
 images = make_images()
 chosen = settings(mlp_layers=0, epochs=2)
 seen = []

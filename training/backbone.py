@@ -63,7 +63,8 @@ def create(model: Model, size: int | None, pretrained: bool | None = None, head:
         with torch.no_grad():
             pooled = features(network.eval(), torch.zeros(1, 3, size, size), stage_list(network))["pooled"]
     except Exception as error:
-        raise Refused(f"model.name: {model.name} does not take images of data.size {size}: {error}") from error
+        why = str(error) or type(error).__name__
+        raise Refused(f"model.name: {model.name} does not take images of data.size {size}: {why}") from error
     if not head and pooled.ndim != 2:
         raise Refused(
             f"model.args: so {model.name} gives {list(pooled.shape[1:])} for an image, not one feature vector."

@@ -160,13 +160,15 @@ def what(recipe: Recipe, records: report.Records, arm: str, counted: tuple[int, 
     name, args = report.plain(short_name(recipe.model.name)), report.plain(in_words(recipe.model.args))
     seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
     new = {"high": "The high ones started from new weights here.", "all": "All started from new weights here."}
+    source = recipe.clusters.source if recipe.relearn.rounds else "backbone"
+    instead = "" if source == "backbone" else f"Here it was {report.SOURCES[source]} instead. "
     here = new.get(recipe.relearn.reinit if recipe.relearn.rounds else "none", "")
     return f"""A {name} backbone ({args}) without a head, for images of {recipe.data.size} px.
 It was trained on {images}. It comes {report.origin(recipe, records)}. In all it has seen {seen} views of images.
 
 The method is SSL++ (Chen et al., IEEE TIP 2022, [doi:10.1109/TIP.2021.3135470](https://doi.org/10.1109/TIP.2021.3135470);
 our reading of the abstract): the low layers of a self-supervised network are generic, its high ones are not, so these
-are relearned, from clusters of the network's own features. {here}""".rstrip()
+are relearned, from clusters of the network's own features. {instead}{here}""".rstrip()
 
 
 def usage(model: str, size: int, shipped: bool) -> str:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .files import Failed, read_json, save_tensors, sha256_file, sha256_json, whole_folder, write_json
+from .files import Failed, Refused, read_json, save_tensors, sha256_file, sha256_json, whole_folder, write_json
 
 KEPT = 2
 
@@ -124,14 +124,27 @@ class Checkpoints:
             if old not in kept and not old.name.startswith("."):
                 shutil.rmtree(old, ignore_errors=True)
 
+    def begun(self) -> list[dict[str, Any]]:
+        """What the newest checkpoint of each training tells that is not at its end."""
+        newest: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("*/state.json")):
+            try:
+                state = read_json(path, "phase", "read", "step", "of")
+            except (Failed, OSError):  # `load` tells of it, if it is asked for
+                continue
+            newest[state["phase"]] = state
+        return [state for state in newest.values() if state["step"] < state["of"]]
+
     def load(
-        self, name: str, fingerprint: str, say: Callable[[str], None] = print, earlier: Earlier | None = None
+        self, name: str, read: Any, say: Callable[[str], None] = print, earlier: Earlier | None = None
     ) -> Checkpoint | None:
-        """The newest whole checkpoint of phase `name` made with the same fingerprint; else the schedule's before.
+        """The newest whole checkpoint of phase `name` that read the same; else the schedule's before.
 
         Raises:
+            Refused: there is one of a training that read something else, and is not at its end.
             Failed: there is a schedule before, and its last checkpoint is gone.
         """
+        ours, newest = {sha256_json(read), earlier.fingerprint if earlier else None}, True
         for path in reversed(self.found(name)):
             try:
                 state = read_json(path / "state.json")
@@ -142,11 +155,16 @@ class Checkpoints:
             if not whole:
                 say(f"{path} is damaged and left aside; going on from the one before it.")
                 continue
-            if state["phase"] == name and state["fingerprint"] == fingerprint:
+            if state["phase"] == name and state["fingerprint"] in ours:
+                if earlier and state["step"] < earlier.step:
+                    break
                 return Checkpoint(load_file(path / "state.safetensors"), state)
-        if earlier is None:
-            return None
-        found = self.load(name, earlier.fingerprint, say)
-        if found is None or found.step < earlier.step:
+            if newest and state["step"] < state.get("of", 0):
+                raise Refused(
+                    f"{path} is of a training with other settings, weights or images, and of its {state['of']} steps "
+                    f"{state['step']} are done; go on with that, choose another --run, or remove {self.folder}."
+                )
+            newest = False
+        if earlier:
             raise Failed(f"{self.folder} has no whole checkpoint to go on from; choose another --run.")
-        return found
+        return None

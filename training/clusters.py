@@ -328,9 +328,10 @@ class Clustered:
     def __init__(self, folder: Path) -> None:
         path = folder / "clusters.safetensors"
         if not path.exists():
-            raise Refused(
-                f"--clusters: {folder} has no clusters.safetensors; name a round's folder, runs/NAME/round_1."
-            )
+            why = "name a round's folder, runs/NAME/round_1"
+            if (folder / "labels.parquet").exists():
+                why = "it was made from true labels, which have no centroids, or that file was lost"
+            raise Refused(f"--clusters: {folder} has no clusters.safetensors; {why}.")
         with reading(path):
             tensors = load_file(path)
         self.whitening = Whitening(tensors["mean"], tensors["projection"])

@@ -215,7 +215,7 @@ def check(recipe: Recipe) -> None:
     if recipe.proxy.norm == "stored" and recipe.proxy.epochs and not recipe.model.pretrained:
         raise Refused(f"proxy.norm: {NO_STATISTICS}; start from weights, model.pretrained, or leave it at batch.")
     if recipe.relearn.norm == "stored" and recipe.relearn.reinit == "all":
-        raise Refused(f"relearn.norm: {NO_STATISTICS}, as relearn.reinit all makes all of them; leave it at batch.")
+        raise Refused(f"relearn.norm: {NO_STATISTICS}, as relearn.reinit all makes all of them; set it to batch.")
     if recipe.relearn.keep and recipe.relearn.reinit == "none":
         raise Refused(
             "relearn.keep: a share of what starts anew, and nothing does; give relearn.reinit high or all, too."

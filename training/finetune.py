@@ -32,7 +32,6 @@ from .files import (
     read_json,
     refuse_files,
     refuse_kind,
-    sha256_json,
     write_json,
     write_text,
 )
@@ -251,7 +250,7 @@ def fit(
     for still, first, last in ((names - head_names(network), 0, alone), (frozen, alone, total)):
         task.hold(still)
         done = longer.last_of(earlier, steps)
-        train(task, images, indices, settings, key, context, sha256_json(read), first, last, keeper.look, done)
+        train(task, images, indices, settings, key, context, read, first, last, keeper.look, done)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from . import backbone as B
 from .batches import ahead, draw_batch
 from .checkpoints import Checkpoints, Earlier
-from .files import Diverged, Failed, Refused, append_line, read_log, write_lines
+from .files import Diverged, Failed, Refused, append_line, read_log, sha256_json, write_lines
 from .images import Images
 from .launch import Interrupted, Key, StopSignals, out_of_memory, seed_all
 from .operations import counting_flops
@@ -108,8 +109,9 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def count_flops(task: Task, batch: Batch) -> float:
-    """Floating-point operations of an image's training step, forward and backward, counted on a copy of the task.
+def rehearse(task: Task, batch: Batch) -> tuple[float, list[str]]:
+    """A training step, forward and backward, on a copy of the task: an image's floating-point operations, and the
+    parameters that learn nothing by it.
 
     What is a buffer and no batch norm's, such as a queue or a bank, is not copied: `forward` only reads it.
     """
@@ -117,7 +119,8 @@ def count_flops(task: Task, batch: Batch) -> float:
     copied = copy.deepcopy(task, {id(b): b for b in task.buffers() if id(b) not in norms})
     with counting_flops() as counter:
         copied(batch)["loss"].backward()
-    return counter.get_total_flops() / len(batch.indices)
+    idle = [name for name, p in copied.named_parameters() if p.requires_grad and p.grad is None]
+    return counter.get_total_flops() / len(batch.indices), idle
 
 
 class Window:
@@ -157,7 +160,7 @@ def train(
     schedule: Schedule,
     key: Key,
     context: Context,
-    fingerprint: str,
+    read: Any,
     first: int = 0,
     last: int | None = None,
     epoch_end: Callable[[int, int], dict[str, float]] | None = None,
@@ -173,13 +176,14 @@ def train(
         schedule: batch, optimiser and learning rate.
         key: the phase and round, and the seed.
         context: the run.
-        fingerprint: of what the phase reads; checkpoints of another are not taken up.
+        read: what the result depends on, as JSON; checkpoints of a training that read something else are not taken up.
         first, last: steps of the schedule, the whole of it by default.
         epoch_end: called after each epoch and after the last step, with the steps done and all there are; what it
             returns is logged.
         earlier: the schedule that this one goes on from, and whose steps are done.
 
     Raises:
+        Refused: checkpoints are of an unfinished training that read something else.
         Failed: the last checkpoint of the schedule before is gone.
         Diverged: the loss is not finite; the last good checkpoint is kept.
         Interrupted: a signal came; a checkpoint has been written.
@@ -188,14 +192,16 @@ def train(
     epoch_steps, total = steps_of(schedule, len(indices))
     last = total if last is None else last
     begin = earlier.step if earlier else 0
-    saved = context.checkpoints.load(key.name, fingerprint, context.say, earlier)
+    training = {"read": read, "fingerprint": sha256_json(read), "of": total}
+    saved = context.checkpoints.load(key.name, read, context.say, earlier)
     if saved:
         context.budget = saved.state["budget"]
     if first >= last or (saved and saved.step >= last and last < total):
         return  # the next call's part of the schedule has begun
     task.to(accelerator.device, memory_format=task.memory_format).train()
     two = draw_batch(images, indices, schedule, key, first, 0, accelerator, rows=2)
-    flops = count_flops(task, two.to(accelerator.device))
+    flops, idle = rehearse(task, two.to(accelerator.device))
+    accelerator.ddp_handler.find_unused_parameters = bool(idle)
     optimizer = make_optimizer(task, schedule)
     step = first
     if saved:
@@ -241,7 +247,7 @@ def train(
                 bar.set_postfix_str(" ".join(f"{k}={v:.4g}" for k, v in told.items()), refresh=False)
             if due or ends:
                 meter.read(step - saved_at)
-                save_checkpoint(task, optimizer.optimizer, key, step, fingerprint, context)
+                save_checkpoint(task, optimizer.optimizer, key, step, training, context)
                 saved_at = step
             if ends:
                 raise Interrupted(context.stop.number or signal.SIGTERM)
@@ -291,9 +297,9 @@ def take_step(
 
 
 def save_checkpoint(
-    task: Task, optimizer: torch.optim.Optimizer, key: Key, step: int, fingerprint: str, context: Context
+    task: Task, optimizer: torch.optim.Optimizer, key: Key, step: int, training: dict[str, Any], context: Context
 ) -> None:
-    """Write a checkpoint on the main process, if the weights are worth keeping.
+    """Write a checkpoint, which tells of the `training`, on the main process, if the weights are worth keeping.
 
     Raises:
         Diverged: a weight is not finite.
@@ -301,8 +307,7 @@ def save_checkpoint(
     if not all(bool(value.isfinite().all()) for value in task.state_dict().values() if value.is_floating_point()):
         raise Diverged(f"a weight is not finite after step {step}")
     if context.main:
-        state = {"step": step, "budget": context.budget, "fingerprint": fingerprint}
-        state["processes"] = context.accelerator.num_processes
+        state = {**training, "step": step, "budget": context.budget, "processes": context.accelerator.num_processes}
         if context.accelerator.scaler:  # of fp16
             state["scaler"] = context.accelerator.scaler.state_dict()
         context.checkpoints.save(key.name, task, optimizer, state)

@@ -40,6 +40,7 @@ INPUTS = {
     "weights": "weights to start from",
     "targets": "labels to learn, or other images held out",
 }
+UNTOLD = ("weights",)  # inputs that older runs do not tell of
 LATER = {"norm": "batch"}  # fields that older runs do not tell of, and what was done before there were any
 
 
@@ -54,7 +55,8 @@ def since_ever(fields: dict[str, Any]) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], read: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """What a phase `read` that it did not read `before`: name, what that was, and what it is."""
-    for name in [*read, *(name for name in before if _later(name) and name not in read)]:
+    known = [name for name in read if name in before or name not in UNTOLD]
+    for name in [*known, *(name for name in before if _later(name) and name not in read)]:
         was, now = before.get(name, _later(name)), read.get(name, _later(name))
         if was != now:
             yield name, was, now

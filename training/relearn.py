@@ -89,7 +89,7 @@ def split(network: nn.Module, settings: recipe.Relearn, size: int) -> set[str]:
     if settings.reinit == "high" and all(name in low for name, _ in network.named_parameters()):
         raise Refused(
             f"relearn.split: no parameter lies above stage {settings.split}, so that there is no high part to relearn; "
-            "choose an earlier stage."
+            "choose an earlier stage, such as --relearn.split -2."
         )
     return low
 
@@ -117,7 +117,7 @@ def relearn(
     images: Images,
     key: Key,
     context: Context,
-    fingerprint: str,
+    read: Any,
     watch: Callable[[Relearn, int], Callable[[int, int], dict[str, float]]] | None = None,
     earlier: Sequence = (),
 ) -> nn.Module:
@@ -130,7 +130,7 @@ def relearn(
         labels: [N, heads] int64 pseudo-labels by image index, -1 for none.
         classes: number of clusters of each head.
         images: the training split.
-        key, context, fingerprint: as `loop.train` takes them.
+        key, context, read: as `loop.train` takes them.
         watch: makes `loop.train`'s `epoch_end` of the task and the number of images that it draws from.
         earlier: the schedules before, as `longer.going_on` has them.
     """
@@ -155,7 +155,7 @@ def relearn(
     look = watch(task, len(indices)) if watch else None
     done = last_of(earlier, steps)
     task.freeze_low(True)
-    train(task, images, indices, settings, key, context, fingerprint, last=settled, epoch_end=look, earlier=done)
+    train(task, images, indices, settings, key, context, read, last=settled, epoch_end=look, earlier=done)
     task.freeze_low(settings.low_lr == 0)
-    train(task, images, indices, settings, key, context, fingerprint, settled, epoch_end=look, earlier=done)
+    train(task, images, indices, settings, key, context, read, settled, epoch_end=look, earlier=done)
     return task.result()

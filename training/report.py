@@ -54,8 +54,15 @@ PICTURES = {
     "arms": "sslpp minus each arm of the comparison; bars: 95 % intervals over seeds; green: better, red: worse",
     "lowshot": "Accuracy on few labelled images of each class; bars: standard deviation over five draws",
     "neighbours": "Held-out images, drawn at random, and their nearest training images, before and after relearning",
-    "clusters": "Clusters of the last round, the pseudo-labels that were relearned from",
+    "clusters": "What the last round relearned from: images of some of its clusters, or classes if it had true labels",
     "curves": "Training, phase by phase: the loss, and what the log tells of each phase's own task",
+}
+
+
+SOURCES = {
+    "backbone": "clusters of features, without labels",
+    "random": "clusters of an untrained network's features, without labels",
+    "labels": "the true labels",
 }
 
 
@@ -326,7 +333,7 @@ def origin(recipe: Recipe, records: Records) -> str:
     if recipe.proxy.epochs:
         steps.append(f"by {recipe.proxy.epochs:g} epochs of the proxy task {recipe.proxy.name}, without labels")
     if relearn.rounds:
-        labels = "the true labels" if recipe.clusters.source == "labels" else "clusters of features, without labels"
+        labels, k = SOURCES[recipe.clusters.source], f"k = {', '.join(map(str, recipe.clusters.k))}; "
         last = "a stage that was chosen without labels"
         if relearn.split != "auto":
             last = f"stage {relearn.split % count} of 0 to {count - 1}" if count else f"stage {relearn.split}"
@@ -335,7 +342,7 @@ def origin(recipe: Recipe, records: Records) -> str:
             "all": "re-initialising every layer",
             "none": f"re-initialising nothing; layers up to {last} rest for the first {relearn.settle:.0%} of it",
         }[relearn.reinit]
-        told = f"k = {', '.join(map(str, recipe.clusters.k))}; epochs {relearn.epochs:g}; rounds {relearn.rounds}"
+        told = f"{k * (recipe.clusters.source != 'labels')}epochs {relearn.epochs:g}; rounds {relearn.rounds}"
         steps.append(f"then from {labels} ({told}), {kept}")
     return ", ".join(steps)
 

@@ -13,12 +13,13 @@ from . import backbone as B
 from . import clusters, export, figures, longer, proxies, records, report
 from .evaluate.online import Online
 from .extraction import extract
-from .files import Failed, read_log, sha256_json, whole_folder
+from .files import Failed, read_log, whole_folder
 from .launch import StopSignals, seed_all
 from .loop import steps_of, train
+from .markers import written
 from .measure import classes_fingerprint, measure
 from .once import once, reads
-from .recipe import Recipe, Schedule
+from .recipe import Model, Recipe, Schedule
 from .relearn import relearn
 from .setup import Read, Run, prepare
 from .task import ViewTask
@@ -72,7 +73,7 @@ def phase_proxy(this: Run) -> Path:
     """Phase 1: proxy/, a backbone trained on the proxy task."""
     folder, settings, key = this.folder / "proxy", this.recipe.proxy, this.key("proxy")
     marker = folder / "proxy.json"
-    read = longer.going_on(marker, reads(this, "proxy"), "proxy.epochs")
+    read = longer.going_on(marker, {**reads(this, "proxy"), **weights(this.recipe.model)}, "proxy.epochs")
 
     def steps(epochs: float) -> int:
         return steps_of(dataclasses.replace(settings, epochs=epochs), len(this.train.train), "proxy.")[1]
@@ -85,7 +86,7 @@ def phase_proxy(this: Run) -> Path:
             task = proxies.build(settings, network, this.train)
             look, indices = watch(this, settings, task, len(this.train.train)), this.train.train
             done = longer.last_of(read.get("earlier", ()), steps)
-            train(task, this.train, indices, settings, key, this.context, sha256_json(read), 0, None, look, done)
+            train(task, this.train, indices, settings, key, this.context, read, 0, None, look, done)
             network, solved = task.result(), how_well(this, task)
         elif not this.recipe.model.pretrained:
             network = this.untrained()
@@ -94,6 +95,13 @@ def phase_proxy(this: Run) -> Path:
 
     once(this, marker, read, learn)
     return folder
+
+
+def weights(model: Model) -> dict[str, Any]:
+    """sha256 of what a folder has to start from, which may change under its name; a name that timm knows is enough."""
+    folder = Path(model.name.removeprefix("local-dir:"))
+    files = [name for name in B.FILES if (folder / name).is_file()]
+    return {"weights": written(folder, files)} if model.pretrained and files else {}
 
 
 def how_well(this: Run, task: proxies.Proxy) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def phase_relearn(this: Run, source: Path, number: int) -> Path:
             this.train,
             this.key("relearn", number),
             this.context,
-            sha256_json(read),
+            read,
             lambda task, count: watch(this, settings, task, count),
             read.get("earlier", ()),
         )

@@ -15,6 +15,7 @@ start     what --help imports over --help; imports and five seconds over a run's
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,7 @@ PARTS: dict[str, Callable[[Size], Iterator[Row]]] = {
     "train": parts.commands,
     "start": parts.start,
 }
+PEERS = {"views": ("kornia", "lightly", "torchvision"), "kmeans": ("faiss",), "evaluate": ("faiss",)}
 
 
 def command() -> Parser:
@@ -59,6 +61,9 @@ def main(arguments: Sequence[str]) -> None:
     given = command().read(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
         raise Refused(f"there is no part {wrong[0]!r}; there are {', '.join(PARTS)}.")
+    for part in given.parts or PARTS:
+        if gone := [peer for peer in PEERS.get(part, ()) if find_spec(peer) is None]:
+            raise Refused(f"{part} is measured against {gone[0]}: pip install -e '.[benchmark]'")
     if given.out:
         records.check_out(Path(given.out))
     try:
@@ -70,12 +75,9 @@ def main(arguments: Sequence[str]) -> None:
     size = TINY if given.size == "tiny" else Size()
     device, found = records.device_name("cuda" if torch.cuda.is_available() else "cpu"), []
     for part in given.parts or PARTS:
-        try:
-            for made in PARTS[part](size):
-                found.append({**made, "goal": goals.get(made["name"])})
-                print(f"{made['name']}: {made['ratio']:.2f}", file=sys.stderr)
-        except ModuleNotFoundError as error:
-            raise Refused(f"{part} is measured against {error.name}: pip install -e '.[benchmark]'") from error
+        for made in PARTS[part](size):
+            found.append({**made, "goal": goals.get(made["name"])})
+            print(f"{made['name']}: {made['ratio']:.2f}", file=sys.stderr)
     lines = table(found)
     if not torch.cuda.is_available():
         lines.append(["on a GPU", "not measured", GPU, *[""] * 6])

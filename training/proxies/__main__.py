@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import PartialState
+
 from .. import agreement, charts, compare, contrast, launch, records, report
 from ..command import Parser, guarded
 from ..files import Refused, refuse_kind, write_lines, write_text
@@ -57,7 +59,8 @@ def main(arguments: Sequence[str]) -> None:
     with launch.StopSignals() as stop:
         for asked in requests:
             compare.compare(**asked, stop=stop)
-    write(folder)
+    if PartialState().is_main_process:
+        write(folder)
 
 
 def write(folder: Path) -> None:
