@@ -58,7 +58,7 @@ def trained(name, teacher, context, network="test_resnet", stop=None, **fields):
         context.stop.number = 15 if step == stop else None
 
     task.after_step = after
-    loop.train(task, images(), images().train, proxy, KEY, context, "x")
+    loop.train(task, images(), images().train, proxy, KEY, context, {})
     return task, [row["loss"] for row in read_lines(context.folder / "metrics.jsonl")]
 
 

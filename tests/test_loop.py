@@ -2,9 +2,7 @@
 
 import copy
 import itertools
-import os
 import threading
-import time
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch import nn
 from tests.conftest import make_images
 from training import backbone as B
 from training import batches, launch, loop, setup
-from training.checkpoints import Checkpoints
 from training.files import Failed, Refused, read_lines
 from training.launch import Interrupted, Key
 from training.loop import Context
@@ -21,6 +18,7 @@ from training.recipe import Model, Schedule, Views
 from training.task import BackboneTask, Task
 
 KEY = Key(0, "proxy")
+READ = {"lr": 0.1}
 CALM = Views(crop_scale=(0.5, 1.0), jitter=0.0, grey=0.0)
 
 
@@ -55,10 +53,10 @@ def make(**kwargs):
     return Mean(**kwargs)
 
 
-def run(task, context, images=None, first=0, last=None, read="x", **schedule):
+def run(task, context, images=None, first=0, last=None, read=READ, earlier=None, **schedule):
     images = images or make_images()
     settings = Schedule(**{"epochs": 3, "batch_size": 8, "lr": 0.1, **schedule})
-    loop.train(task, images, images.train, settings, KEY, context, read, first, last)
+    loop.train(task, images, images.train, settings, KEY, context, read, first, last, None, earlier)
     return task
 
 
@@ -140,9 +138,9 @@ def test_a_signal_after_the_last_step_stops_what_would_come_next(context, tmp_pa
 
     images, settings = make_images(), Schedule(epochs=1, batch_size=8, lr=0.1)
     with pytest.raises(Interrupted):
-        loop.train(make(), images, images.train, settings, KEY, context, "x", epoch_end=stopped)
+        loop.train(make(), images, images.train, settings, KEY, context, READ, epoch_end=stopped)
     context.stop.number = None
-    assert context.checkpoints.load("proxy_0", "x").step == 4
+    assert context.checkpoints.load("proxy_0", READ).step == 4
 
 
 def test_the_scale_of_half_precision_goes_on_where_it_was(context, tmp_path):
@@ -178,7 +176,7 @@ def test_a_tracker_gets_steps_that_rise_through_the_phases(context, monkeypatch)
     monkeypatch.setattr(context.accelerator, "log", lambda values, step: told.append((step, values)))
     run(make(), context, epochs=1)
     images, settings = make_images(), Schedule(epochs=1, batch_size=8, lr=0.1)
-    loop.train(make(), images, images.train, settings, Key(0, "relearn", 1), context, "x")
+    loop.train(make(), images, images.train, settings, Key(0, "relearn", 1), context, READ)
     assert [step for step, _ in told] == list(range(1, 9))
     assert told[0][1]["proxy_0/step"] == told[4][1]["relearn_1/step"] == 1
 
@@ -205,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(cont
     context.checkpoint_every, context.log_every = 5, every
     with pytest.raises(Failed, match="loss is not finite at step 9; the checkpoint of step 5 is kept"):
         run(make(spoil_at=8), context, epochs=25)
-    saved = context.checkpoints.load("proxy_0", "x")
+    saved = context.checkpoints.load("proxy_0", READ)
     assert saved.step == 5
     assert all(value.isfinite().all() for value in saved.tensors.values())
 
@@ -215,74 +213,7 @@ def test_weights_that_are_not_finite_are_never_saved(context):
     task.after = lambda step: task.linear.weight.data.fill_(float("inf")) if step == 3 else None
     with pytest.raises(Failed, match="not finite"):
         run(task, context, epochs=0.75)
-    assert context.checkpoints.load("proxy_0", "x") is None
-
-
-def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(context):
-    context.checkpoint_every = 3
-    run(make(), context)
-    found = context.checkpoints.found("proxy_0")
-    assert [path.name for path in found] == ["proxy_0_00000009", "proxy_0_00000012"]
-    state = found[1] / "state.safetensors"
-    content = bytearray(state.read_bytes())
-    content[-1] ^= 1
-    state.write_bytes(content)
-    said = []
-    assert context.checkpoints.load("proxy_0", "x", said.append).step == 9
-    assert "damaged" in said[0]
-    (found[0] / "state.json").write_text("{")
-    assert context.checkpoints.load("proxy_0", "x", said.append) is None
-
-
-def test_a_state_that_was_edited_is_passed_over(context):
-    context.checkpoint_every = 3
-    run(make(), context)
-    path = context.folder / "checkpoints" / "proxy_0_00000012" / "state.json"
-    text = path.read_text()
-    path.write_text(text.replace('"step": 12', '"step": 11'))
-    assert path.read_text() != text
-    assert context.checkpoints.load("proxy_0", "x", lambda line: None).step == 9
-
-
-def test_checkpoints_go_by_their_step_not_by_the_files_time(context):
-    context.checkpoint_every = 3
-    run(make(), context, last=9)
-    old = list((context.folder / "checkpoints").iterdir())
-    ahead = time.time() + 10_000
-    for path in old:
-        os.utime(path, (ahead, ahead))
-    run(make(), context, first=9)
-    assert sorted(p.name for p in (context.folder / "checkpoints").iterdir()) == [
-        "proxy_0_00000009",
-        "proxy_0_00000012",
-    ]
-    assert context.checkpoints.load("proxy_0", "x").step == 12
-
-
-def test_a_checkpoint_of_another_phase_or_recipe_is_not_taken_up(context):
-    run(make(), context)
-    checkpoints = Checkpoints(context.folder / "checkpoints")
-    assert checkpoints.load("proxy_0", "x").step == 12
-    assert checkpoints.load("proxy_0", "y") is None
-    assert checkpoints.load("relearn_1", "x") is None
-
-
-def test_checkpoints_of_an_unfinished_training_with_other_settings_are_kept(context):
-    context.checkpoint_every = 3
-    task = make()
-    task.after = lambda step: setattr(context.stop, "number", 15 if step == 6 else None)
-    with pytest.raises(Interrupted):
-        run(task, context)
-    context.stop.number = None
-    (path,) = [path for path in context.checkpoints.found("proxy_0") if path.name.endswith("6")]
-    with pytest.raises(Refused, match=rf"{path} is of a training with other settings.* of its 12 steps 6 are done"):
-        run(make(), context, read="y")
-    assert path.exists()
-    (told,) = context.checkpoints.begun()
-    assert (told["phase"], told["read"], told["step"], told["of"]) == ("proxy_0", "x", 6, 12)
-    run(make(), context)
-    assert context.checkpoints.begun() == []
-    run(make(), context, read="y")
+    assert context.checkpoints.load("proxy_0", READ) is None
 
 
 def test_a_part_of_the_schedule_that_is_over_is_not_done_again(context):

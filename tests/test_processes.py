@@ -149,7 +149,7 @@ assert torch.equal(extraction.gather(both.labels, accelerator), one.labels)
 for some in (rows[:3], rows[:6], torch.eye(5)[:1].repeat(3, 1)):  # fewer than processes; all alike
     both, one = (kmeans.kmeans(extraction.share(some, a), 2, 5, 20, a)[0] for a in (accelerator, alone))
     assert torch.allclose(both.centroids, one.centroids, atol=1e-5), some
-relearn.relearn(before, MODEL, chosen, pseudo_labels(images), [4, 2], images, KEY, context, "x")
+relearn.relearn(before, MODEL, chosen, pseudo_labels(images), [4, 2], images, KEY, context, {{}})
 assert any(name.endswith("layer4.0.conv1.weight") for name in seen) and len(seen) > 60
 print("equal on rank", accelerator.process_index)
 launch.end_processes()
@@ -257,7 +257,7 @@ for name in proxies.PROXIES:
     folder = place / name
     folder.mkdir(exist_ok=True)
     context = Context(accelerator, folder, launch.StopSignals(), 1, 1000)
-    loop.train(task, images, images.train, proxy, Key(0, "proxy"), context, "x")
+    loop.train(task, images, images.train, proxy, Key(0, "proxy"), context, {{}})
     for key, value in task.state_dict().items():
         if key in ("queue.rows", "bank", "queue.place"):  # everybody holds the same
             both = accelerator.gather(value.double().flatten().unsqueeze(0))
@@ -278,7 +278,7 @@ def look(step, total):
 
 task.after_step = look
 context = Context(accelerator, place, launch.StopSignals(), 1, 1000)
-loop.train(task, images, images.train, proxy, Key(0, "proxy"), context, "x")
+loop.train(task, images, images.train, proxy, Key(0, "proxy"), context, {{}})
 if accelerator.is_main_process:
     (place / "losses.json").write_text(json.dumps(told))
 launch.end_processes()

@@ -45,7 +45,7 @@ def test_rotation_is_learned(context):
     images.pixels.stacked[:, :, :7, :7] = 255
     task = build(images, epochs=6, batch_size=16, lr=0.05)
     task.views.flip = 0.0
-    loop.train(task, images, images.train, Proxy(epochs=6, batch_size=16, lr=0.05), Key(0, "proxy"), context, "x")
+    loop.train(task, images, images.train, Proxy(epochs=6, batch_size=16, lr=0.05), Key(0, "proxy"), context, {})
     rows = read_lines(context.folder / "metrics.jsonl")
     assert sum(row["accuracy"] for row in rows[-8:]) / 8 > 0.6
     assert sum(row["accuracy"] for row in rows[:4]) / 4 < 0.5
@@ -173,5 +173,5 @@ def test_what_a_task_says_of_itself_is_used(monkeypatch, tiny, context):
     proxy = proxies.settings("faint", batch_size=8, epochs=1.0)
     torch.manual_seed(0)
     task = proxies.build(proxy, B.create(Model("test_resnet"), 16), tiny)
-    loop.train(task, tiny, tiny.train, proxy, Key(0, "proxy"), context, "x")
+    loop.train(task, tiny, tiny.train, proxy, Key(0, "proxy"), context, {})
     assert context.budget["images"] == 4 * 8 * 2  # two views each

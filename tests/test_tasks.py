@@ -304,7 +304,7 @@ def test_an_interrupted_task_ends_bit_for_bit_as_one_that_was_not(name, images, 
             context.stop.number = 15 if step == stop else None
 
         task.after_step = after
-        loop.train(task, images, images.train, proxy, KEY, context, "x")
+        loop.train(task, images, images.train, proxy, KEY, context, {})
         return task
 
     whole = train()
@@ -314,7 +314,7 @@ def test_an_interrupted_task_ends_bit_for_bit_as_one_that_was_not(name, images, 
     with pytest.raises(Interrupted):
         train(stop=3)
     context.stop.number = None
-    assert Checkpoints(context.folder / "checkpoints").load("proxy_0", "x").step == 3
+    assert Checkpoints(context.folder / "checkpoints").load("proxy_0", {}).step == 3
     resumed = train()
     for (key, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(a, b), key
@@ -327,7 +327,7 @@ def test_an_interrupted_task_ends_bit_for_bit_as_one_that_was_not(name, images, 
 def test_other_families_take_a_step(name, network, images, teacher, context):
     task, proxy = build(name, images, teacher, network=network, epochs=0.5)
     before = {n: p.clone() for n, p in task.network.named_parameters()}
-    loop.train(task, images, images.train, proxy, KEY, context, "x")
+    loop.train(task, images, images.train, proxy, KEY, context, {})
     moved = [n for n, p in task.network.named_parameters() if not torch.equal(p, before[n])]
     assert len(moved) > 0.85 * len(before)
 

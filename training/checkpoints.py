@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .files import Failed, Refused, read_json, save_tensors, sha256_file, sha256_json, whole_folder, write_json
+from .markers import first_difference
 
 KEPT = 2
 
@@ -124,19 +125,28 @@ class Checkpoints:
             if old not in kept and not old.name.startswith("."):
                 shutil.rmtree(old, ignore_errors=True)
 
-    def begun(self) -> list[dict[str, Any]]:
-        """What the newest checkpoint of each training tells that is not at its end."""
-        newest: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("*/state.json")):
+    def refuse_other(self, name: str, read: dict[str, Any]) -> None:
+        """Refuse to begin phase `name` anew if it is under way from other fields or inputs: its checkpoints would go.
+
+        Raises:
+            Refused: naming the first that differs.
+        """
+        for path in reversed(self.found(name)):
             try:
-                state = read_json(path, "phase", "read", "step", "of")
+                state = read_json(path / "state.json", "read", "step", "of")
             except (Failed, OSError):  # `load` tells of it, if it is asked for
                 continue
-            newest[state["phase"]] = state
-        return [state for state in newest.values() if state["step"] < state["of"]]
+            step, of = state["step"], state["of"]
+            if step < of and (told := first_difference(state["read"], read, "begun")):
+                field, how = told
+                raise Refused(
+                    f"{field}: the training in {self.folder.parent}, of whose {of} steps {step} are done, {how}; "
+                    f"choose another --run, or remove {self.folder}."
+                )
+            return
 
     def load(
-        self, name: str, read: Any, say: Callable[[str], None] = print, earlier: Earlier | None = None
+        self, name: str, read: dict[str, Any], say: Callable[[str], None] = print, earlier: Earlier | None = None
     ) -> Checkpoint | None:
         """The newest whole checkpoint of phase `name` that read the same; else the schedule's before.
 
@@ -144,7 +154,8 @@ class Checkpoints:
             Refused: there is one of a training that read something else, and is not at its end.
             Failed: there is a schedule before, and its last checkpoint is gone.
         """
-        ours, newest = {sha256_json(read), earlier.fingerprint if earlier else None}, True
+        self.refuse_other(name, read)
+        ours = {sha256_json(read), earlier.fingerprint if earlier else None}
         for path in reversed(self.found(name)):
             try:
                 state = read_json(path / "state.json")
@@ -159,12 +170,6 @@ class Checkpoints:
                 if earlier and state["step"] < earlier.step:
                     break
                 return Checkpoint(load_file(path / "state.safetensors"), state)
-            if newest and state["step"] < state.get("of", 0):
-                raise Refused(
-                    f"{path} is of a training with other settings, weights or images, and of its {state['of']} steps "
-                    f"{state['step']} are done; go on with that, choose another --run, or remove {self.folder}."
-                )
-            newest = False
         if earlier:
             raise Failed(f"{self.folder} has no whole checkpoint to go on from; choose another --run.")
         return None

@@ -62,17 +62,24 @@ def differences(before: dict[str, Any], read: dict[str, Any]) -> Iterator[tuple[
             yield name, was, now
 
 
+def first_difference(before: dict[str, Any], read: dict[str, Any], done: str = "made") -> tuple[str, str] | None:
+    """The first of `differences`: its name, and what was `done` with what, in words; None without any."""
+    for name, was, value in differences(before, read):
+        if name not in INPUTS:
+            return name, f"was {done} with {was}, now it is {value}"
+        told = f"was {done} with other {INPUTS[name]}"
+        if isinstance(value, dict) and isinstance(was, dict):
+            told += f" ({', '.join(key for key in value if was.get(key) != value[key])})"
+        return name, told
+    return None
+
+
 def refuse_other(marker: Path, read: dict[str, Any]) -> None:
     """Refuse a phase that was finished from other fields or inputs.
 
     Raises:
         Refused: naming the first that differs.
     """
-    before = read_json(marker, "read")["read"]
-    for name, was, value in differences(before, read):
-        told = f"was made with {was}, now it is {value}"
-        if name in INPUTS:
-            told = f"was made with other {INPUTS[name]}"
-            if isinstance(value, dict) and isinstance(was, dict):
-                told += f" ({', '.join(key for key in value if was.get(key) != value[key])})"
-        raise Refused(f"{name}: {marker.parent} {told}; choose another --run, or remove that folder to do it again.")
+    if told := first_difference(read_json(marker, "read")["read"], read):
+        name, how = told
+        raise Refused(f"{name}: {marker.parent} {how}; choose another --run, or remove that folder to do it again.")

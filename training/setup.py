@@ -21,7 +21,7 @@ from .files import Refused, lock_folder, nothing_left, read_json, refuse_files, 
 from .images import Images
 from .launch import Key, StopSignals, end_trackers, resolve_precision, seed_all, start
 from .loop import Context, steps_of
-from .markers import differences, refuse_other
+from .markers import refuse_other
 from .memory import bound
 from .names import escape
 from .operations import dead_taps, on_device, suited
@@ -129,7 +129,9 @@ def prepare(
                 going_on.append(marker)
             else:
                 refuse_other(marker, fields)
-    refuse_begun(recipe, folder)
+    for phase, number in ("proxy", 0), *(("relearn", number) for number in range(1, recipe.relearn.rounds + 1)):
+        if not (folder / (f"round_{number}" if number else "proxy") / f"{phase}.json").exists():
+            Checkpoints(folder / "checkpoints").refuse_other(f"{phase}_{number}", phase_fields(recipe, phase))
     accelerator = start(recipe.precision, recipe.log.tracker, str(folder))
     context = Context(accelerator, folder, stop, recipe.log.every, recipe.checkpoint_every)
     with nothing_left(folder):
@@ -149,24 +151,6 @@ def prepare(
         _announce(run, network)
         context.say(needs)
     return run
-
-
-def refuse_begun(recipe: Recipe, folder: Path) -> None:
-    """Refuse to begin a training anew that is under way with other settings, whose checkpoints would be lost.
-
-    Raises:
-        Refused: naming the field.
-    """
-    for state in Checkpoints(folder / "checkpoints").begun():
-        phase, _, number = state["phase"].rpartition("_")
-        marker = folder / ("proxy" if phase == "proxy" else f"round_{number}") / f"{phase}.json"
-        if phase not in READS or marker.exists():
-            continue
-        for name, was, value in differences(state["read"], phase_fields(recipe, phase)):
-            raise Refused(
-                f"{name}: the training in {folder}, of whose {state['of']} steps {state['step']} are done, was begun "
-                f"with {was}, now it is {value}; choose another --run, or remove {folder / 'checkpoints'}."
-            )
 
 
 def run_precision(recipe: Recipe, network: nn.Module, other: Proxy | None = None) -> str:
