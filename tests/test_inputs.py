@@ -49,6 +49,15 @@ def test_every_split_is_embedded_at_the_size_that_is_asked_for(backbone, mixed, 
     assert (alone.returncode, "3 rows" in alone.stdout, "size" in alone.stdout) == (0, True, False)
 
 
+def test_a_folder_that_only_bears_the_name_of_a_model_is_not_taken_for_it(backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "sslpp_resnet10t_s32"
+    (tmp_path / name).mkdir()
+    assert inputs.model(name).pretrained_cfg["tag"] == "rotation_c10"
+    shutil.copytree(backbone, tmp_path / name, dirs_exist_ok=True)
+    assert inputs.model(name).pretrained_cfg["source"] == "local-dir"
+
+
 def test_evaluate_takes_a_size_and_records_it(backbone, picture_folder, tmp_path, monkeypatch):
     seen, figure = [], {"stage": 0, "protocol": "knn", "settings": {"k": 1}, "split": "val", "metric": "top1"}
 

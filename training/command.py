@@ -283,11 +283,6 @@ def check_schedule(schedule: Schedule, prefix: str = "") -> None:
         )
 
 
-def as_timm_names(model: str) -> str:
-    """A MODEL as timm.create_model takes it: folders by their prefix."""
-    return f"local-dir:{model}" if Path(model).is_dir() else model
-
-
 def short_name(model: str) -> str:
     """What to call a MODEL: its last part, with the one before it where that alone tells nothing."""
     parts = Path(model.split(":", 1)[-1]).parts or Path.cwd().parts

@@ -16,7 +16,6 @@ from .classifier import Classify, Finetune, head_names
 from .command import (
     NO_STATISTICS,
     Parser,
-    as_timm_names,
     asked,
     check_data,
     check_schedule,
@@ -139,7 +138,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
         if context.main:
             write_json(marker, {"read": read, "budget": context.budget})
         accelerator.wait_for_everyone()
-    keeper.measure(as_timm_names(name), precision, len(indices))
+    keeper.measure(inputs.as_timm_names(name), precision, len(indices))
     launch.end_trackers(accelerator)
     if lock:
         lock.close()

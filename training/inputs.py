@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import timm
 from torch import nn
 
 from . import backbone as B
 from . import images, sources
-from .command import as_timm_names
 from .decoding import MARGIN
 from .files import Refused, sha256_file
 from .images import Images
@@ -19,6 +19,7 @@ from .launch import StopSignals, start
 from .loop import Context
 from .recipe import Data, Model
 from .setup import Splits, load_splits, scaled_for
+from .uses import uses
 
 # What `every_split` has no use for: nothing is held out, drawn or tested, and what cannot be decoded keeps its place.
 UNUSED = ("limit", "val_fraction", "split_seed", "test_split", "labels", "label_column", "max_bad_fraction")
@@ -38,6 +39,14 @@ def one_process(command: str) -> Iterator[Context]:
         yield Context(accelerator, Path(scratch), stop, 1, 1)
 
 
+def as_timm_names(name: str) -> str:
+    """A MODEL as timm.create_model takes it: a folder by its prefix, but for one that only bears a model's name."""
+    folder = Path(name)
+    if not folder.is_dir() or (timm.is_model(name) and not (folder / "config.json").is_file()):
+        return name
+    return f"local-dir:{name}"
+
+
 def model(name: str, size: int | None = None, pretrained: bool = True, head: bool = False) -> nn.Module:
     """The MODEL of a command line.
 
@@ -50,8 +59,8 @@ def model(name: str, size: int | None = None, pretrained: bool = True, head: boo
     Raises:
         Refused: there is none of this name, or it is not of this kind.
     """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    folder, called = Path(name), as_timm_names(name)
+    if called != name and not (folder / "config.json").is_file():
         found = sorted([*folder.glob("*/config.json"), *folder.glob("seed_*/sslpp/hub/config.json")])
         inside = ", ".join(str(path.parent) for path in found)
         advice = f"name one of the models in it: {inside}" if inside else "a model's folder has one"
@@ -59,7 +68,7 @@ def model(name: str, size: int | None = None, pretrained: bool = True, head: boo
     if "/" in name and ":" not in name and not folder.exists():
         raise Refused(f"MODEL: there is no folder {name}; a model of the Hub is called hf-hub:ORG/NAME.")
     try:
-        network = B.create(Model(as_timm_names(name), pretrained=pretrained), size, head=head)
+        network = B.create(Model(called, pretrained=pretrained), size, head=head)
     except Refused as error:
         raise Refused(re.sub(r"^model\.\w+: ", "MODEL: ", str(error))) from error
     if head and not network.num_classes:
@@ -108,7 +117,7 @@ def every_split(
     say_crop(network, context)
     data = dataclasses.replace(data_for(network, data, size), max_bad_fraction=1.0)
     found, _ = sources.read(data, labelled=False)
-    names = [sources.uses(data, found).train] if data.split else [name for name, source in found.items() if len(source)]
+    names = [uses(data, found).train] if data.split else [name for name, source in found.items() if len(source)]
 
     def read() -> Iterator[Images]:
         white = data.white

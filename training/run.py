@@ -99,9 +99,10 @@ def phase_proxy(this: Run) -> Path:
 
 def weights(model: Model) -> dict[str, Any]:
     """sha256 of what a folder has to start from, which may change under its name; a name that timm knows is enough."""
-    folder = Path(model.name.removeprefix("local-dir:"))
-    files = [name for name in B.FILES if (folder / name).is_file()]
-    return {"weights": written(folder, files)} if model.pretrained and files else {}
+    scheme, _, folder = model.name.rpartition(":")
+    if not model.pretrained or scheme != "local-dir":
+        return {}
+    return {"weights": written(Path(folder), [name for name in B.FILES if (Path(folder) / name).is_file()])}
 
 
 def how_well(this: Run, task: proxies.Proxy) -> dict[str, Any]:
