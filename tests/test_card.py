@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.conftest import TINY_RUN, call
-from training import card, command, export, records, report
+from training import card, command, export, records
 from training.__main__ import main
 
 SECTIONS = ("Use it", "What it is", "What was measured", "Limits", "Made by", "Citation")
@@ -21,7 +21,7 @@ def hub(finished):
 
 
 def test_the_hubs_client_reads_what_a_leaderboard_may_compare(finished, hub):
-    own = report.last_round(records.read(finished[0] / "records.jsonl"), "sslpp")
+    own = records.last_round(records.read(finished[0] / "records.jsonl"), "sslpp")
     own = [r for r in own if r["protocol"] in ("linear", "knn") and r["stage"] == "pooled" and r["split"] == "test"]
     own = [r for r in own if r["metric"] == "top1"]
     data = ModelCard.load(hub / "README.md").data

@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from tests.test_report import record
-from training import contrast, records, report, verdict
+from training import contrast, records, verdict
 
 
 def rows():
@@ -85,8 +85,8 @@ def test_of_an_arm_the_last_round_counts():
 def test_a_test_split_without_labels_hides_nothing():
     known = [{**r, "split": "val"} for r in rows()]
     turned = [{**r, "protocol": "residue", "split": "test"} for r in rows() if r["protocol"] == "linear"]
-    assert report.split_of(known + turned) == "val"
-    assert report.split_of(turned) == "test"
+    assert records.split_of(known + turned) == "val"
+    assert records.split_of(turned) == "test"
     _, summary, linear, _ = contrast.tables(known + turned)
     assert [line[1] for line in summary[1:]] == [line[1] for line in linear[1:]] == ["62.0", "60.0", "30.0"]
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import make_images
-from training import figures, records, report
+from training import figures, gains, records, report
 from training.clusters import write_labels
 from training.files import write_lines
 
@@ -88,24 +88,14 @@ def test_what_a_table_shows_is_told_under_the_first_of_its_kind():
 
 
 def test_stages_are_counted_from_the_records():
-    assert report.stages_of(a_run()) == 2
-    assert report.stages_of([record("a", "pooled", 0.5)]) == 0
+    assert records.stages_of(a_run()) == 2
+    assert records.stages_of([record("a", "pooled", 0.5)]) == 0
 
 
 def test_the_held_out_part_is_shown_where_there_is_no_test_split():
     rows = [{**r, "split": "val"} for r in a_run()]
-    assert report.split_of(rows) == "val"
-    assert "on the held-out part of train" in report.gain(rows, "sslpp")
-
-
-def test_the_gain_is_the_difference_of_the_records_and_tells_the_budgets():
-    text = report.gain(a_run(), "sslpp")
-    assert "linear 50.0 -> 70.0 (+20.0)" in text
-    assert "nearest neighbours 40.0 -> 60.0 (+20.0)" in text
-    assert "residue 80.0 -> 60.0 (-20.0)" in text
-    assert "1,000 images" in text
-    assert "3,000" in text
-    assert report.gain([], "sslpp") == "There is nothing to compare yet."
+    assert records.split_of(rows) == "val"
+    assert "on the held-out part of train" in gains.gain(rows, "sslpp")
 
 
 def drawn(path):
@@ -216,51 +206,4 @@ def test_a_test_split_without_labels_leaves_the_held_out_part_to_show():
     found = dict(report.tables(rows, ["proxy_short", "sslpp"]))
     assert found["linear"][1:] == [["proxy_short", "40.0"], ["sslpp", "50.0"]]
     assert found["rankme"][1:] == [["sslpp", "9.0"]]
-    assert "on the held-out part of train" in report.gain(rows, "sslpp")
-
-
-def judged(before, after, protocol, metric="top1", **settings):
-    rows = [record(arm, "pooled", 0.5, split="test", number=n) for arm, n in (("proxy_short", 0), ("sslpp", 1))]
-    for arm, value, number in (("proxy_short", before, 0), ("sslpp", after, 1)):
-        rows.append({**record(arm, "pooled", value, protocol, "val", number, **settings), "metric": metric})
-    return rows
-
-
-def test_a_backbone_that_relearning_made_worse_is_told_and_which_one_is_kept():
-    linear, knn = judged(0.6, 0.5, "linear"), judged(0.4, 0.45, "knn", k=20) + judged(0.4, 0.1, "knn", k=200)
-    text = report.worse(linear + knn, "sslpp", "better")
-    assert "linear 60.0 -> 50.0, nearest neighbours 40.0 -> 45.0" in text
-    assert "holds the backbone that relearning started from" in text
-    assert "holds the relearned one all the same" in report.worse(linear + knn, "sslpp", "always")
-    assert report.worse(judged(0.6, 0.6, "linear") + knn, "sslpp", "better") is None
-    assert report.worse([], "sslpp", "better") is None
-
-
-def test_a_loss_tells_what_chance_alone_would_move():
-    rows = [{**row, "count": 56} for row in judged(0.6, 0.5, "linear")]
-    text = report.worse(rows, "sslpp", "better")
-    # Two standard errors of the difference of two shares of 56.
-    assert "of 56 images, where chance alone moves such a difference by up to 18.7 points" in text
-    assert "chance" not in report.worse(judged(0.6, 0.5, "linear"), "sslpp", "better")
-
-
-def test_an_untrained_network_that_does_better_is_told():
-    untrained = record("random", "pooled", 0.55, "linear", "val")
-    (told,) = report.cautions([*judged(0.5, 0.53, "linear"), untrained], "sslpp", "better")
-    assert told.startswith("The untrained network does better than what became of it (linear 55.0 -> 53.0)")
-    (told,) = report.cautions([*judged(0.5, 0.4, "linear"), untrained], "sslpp", "better")
-    assert "(linear 50.0 -> 40.0)" in told
-    assert "(linear 55.0 -> 50.0)" in told  # hub/ holds what relearning started from
-    assert report.cautions([*judged(0.5, 0.6, "linear"), untrained], "sslpp", "better") == []
-
-
-def test_without_labels_scores_lead_that_need_none():
-    rows = [row for row in judged(0.7, 0.3, "label_free", "retrieval") if row["protocol"] == "label_free"]
-    rows += [record(arm, "pooled", 0.9, "residue", "val", n) for arm, n in (("proxy_short", 0), ("sslpp", 1))]
-    text = report.gain(rows, "sslpp")
-    assert "on the held-out part of train" in text
-    assert text.index("retrieval 70.0 -> 30.0 (-40.0)") < text.index("residue 90.0 -> 90.0")
-    assert "retrieval 70.0 -> 30.0" in report.worse(rows, "sslpp", "better")
-    labelled = rows + judged(0.6, 0.7, "linear")
-    assert "retrieval" not in report.gain(labelled, "sslpp")
-    assert report.worse(labelled, "sslpp", "better") is None
+    assert "on the held-out part of train" in gains.gain(rows, "sslpp")

@@ -300,7 +300,8 @@ def test_stages_that_are_chosen_without_labels_are_told_and_used(picture_folder,
     rows = records.read(tmp_path / "run" / "records.jsonl")
     assert {row["stage"] for row in rows if row["protocol"] == "clusters"} == {4}
     assert "relearn.split: stage 3 was chosen" in done.stdout
-    assert "a stage that was chosen without labels" in (tmp_path / "run" / "hub" / "README.md").read_text()
+    assert next(row["chosen"] for row in rows if row["arm"] == "sslpp") == {"clusters.stage": 4, "relearn.split": 3}
+    assert "up to stage 3, chosen without labels, of 0 to 4" in (tmp_path / "run" / "hub" / "README.md").read_text()
 
 
 def test_without_a_recipe_one_that_fits_the_machine_is_taken_and_said(monkeypatch, capsys):

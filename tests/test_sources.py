@@ -19,6 +19,7 @@ from tests.test_folders import by_path, classes, read, tree
 from training import sources as S
 from training.files import Failed, Refused
 from training.recipe import Data
+from training.uses import uses
 
 
 def png(value=100):
@@ -242,7 +243,7 @@ LABELLED, PLAIN = ["a", "b", "a"], [None] * 3
 
 
 @pytest.mark.parametrize(
-    ("splits", "options", "tuning", "uses"),
+    ("splits", "options", "tuning", "expected"),
     [
         # settings are chosen on a labelled validation split beside a labelled test split
         ({"train": LABELLED, "validation": LABELLED, "test": LABELLED}, {}, False, "training validation test"),
@@ -266,12 +267,12 @@ LABELLED, PLAIN = ["a", "b", "a"], [None] * 3
         ({"train": LABELLED, "validation": PLAIN, "test": LABELLED}, {}, True, "training not_used test"),
     ],
 )
-def test_what_each_split_is_for(splits, options, tuning, uses, tmp_path):
+def test_what_each_split_is_for(splits, options, tuning, expected, tmp_path):
     for name, labels in splits.items():
         table(tmp_path / f"{name}.parquet", labels)
     found, _ = S.read(Data(path=str(tmp_path)))
-    told = S.uses(Data(path=str(tmp_path), **options), found, tuning)
-    assert [told.of(name).replace(" ", "_") for name in splits] == uses.split()
+    told = uses(Data(path=str(tmp_path), **options), found, tuning)
+    assert [told.of(name).replace(" ", "_") for name in splits] == expected.split()
 
 
 def test_a_validation_split_is_held_out_and_never_trained_on(tmp_path):

@@ -7,8 +7,8 @@ from typing import Any
 from scipy import stats
 
 from .contrast import by_task, mean_and_spread
+from .records import Records
 
-Records = list[dict[str, Any]]
 Place = tuple[str, str, int, int | str]  # task, arm, seed, stage
 PROBES = ("linear", "knn")
 FALLING = ("alignment", "uniformity", "residue")  # of these the lower is taken for the better

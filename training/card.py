@@ -9,9 +9,10 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
-from . import contrast, proxies, report, verdict
+from . import contrast, gains, proxies, report, verdict
 from .command import short_name
 from .recipe import Recipe, to_yaml
+from .records import Records, last_round
 
 INDEXED = ("linear", "knn")  # protocols whose pooled figures the model-index has, for a leaderboard to compare
 REPOSITORY = "ORG/NAME"  # stands in the card for the repository, which push fills in
@@ -21,8 +22,8 @@ TAGS = ["timm", "transformers", "image-feature-extraction", "self-supervised-lea
 def page(
     folder: Path,
     name: str,
-    records: report.Records,
-    compared: report.Records,
+    records: Records,
+    compared: Records,
     recipe: Recipe,
     arm: str,
     images: tuple[int, int] | None = None,
@@ -40,16 +41,16 @@ def page(
         images: how many it was trained on, and how many were held out.
         shipped: it is a backbone of the package.
     """
-    bad = report.worse(records, arm, recipe.relearn.export)
+    bad = gains.worse(records, arm, recipe.relearn.export)
     own, made = arm, recipe
     if bad and recipe.relearn.export == "better":  # the model is what relearning started from
         own, made = "proxy_short", dataclasses.replace(recipe, relearn=dataclasses.replace(recipe.relearn, rounds=0))
     shown = {name: caption for name, caption in report.PICTURES.items() if (folder / "report" / f"{name}.png").exists()}
     parts = [
-        f"---\n{metadata(name, report.last_round(records, own), recipe)}\n---",
+        f"---\n{metadata(name, last_round(records, own), recipe)}\n---",
         f"# {report.plain(name)}",
         recipe.card.about,
-        *report.cautions(records, arm, recipe.relearn.export),
+        *gains.cautions(records, arm, recipe.relearn.export),
         "## Use it",
         usage(name.split(".")[0] if shipped else f"hf-hub:{REPOSITORY}", recipe.data.size, shipped),
         "## What it is",
@@ -81,7 +82,7 @@ def portable_name(model: str) -> str:
     return "local-dir:FOLDER" if model.startswith("local-dir:") else model
 
 
-def metadata(name: str, records: report.Records, recipe: Recipe) -> str:
+def metadata(name: str, records: Records, recipe: Recipe) -> str:
     """YAML of the card's head, with the probes of the model's pooled features on the test split in its model-index."""
     indexed = [
         row
@@ -152,13 +153,13 @@ def in_words(args: dict[str, Any]) -> str:
     return "; ".join(f"{key.replace('_', ' ')} {word(value)}" for key, value in args.items()) or "as timm has it"
 
 
-def what(recipe: Recipe, records: report.Records, arm: str, counted: tuple[int, int] | None = None) -> str:
+def what(recipe: Recipe, records: Records, arm: str, counted: tuple[int, int] | None = None) -> str:
     """What the model is, and what it was trained on; `counted`, images trained on and held out."""
     images = report.plain(recipe.card.dataset or recipe.data.called)
     if counted:
         images = f"{counted[0]:,} images of {images}; {counted[1]:,} more were held out"
     name, args = report.plain(short_name(recipe.model.name)), report.plain(in_words(recipe.model.args))
-    seen = next((f"{r['images_seen']:,}" for r in report.last_round(records, arm)), "no")
+    seen = next((f"{r['images_seen']:,}" for r in last_round(records, arm)), "no")
     new = {"high": "The high ones started from new weights here.", "all": "All started from new weights here."}
     source = recipe.clusters.source if recipe.relearn.rounds else "backbone"
     instead = "" if source == "backbone" else f"Here it was {report.SOURCES[source]} instead. "
@@ -192,7 +193,7 @@ python -m training.finetune {model} --data.path DATA
 ```{also}"""
 
 
-def measured(records: report.Records, arm: str, recipe: Recipe) -> list[str]:
+def measured(records: Records, arm: str, recipe: Recipe) -> list[str]:
     """What it gained, and the tables with what each of them shows."""
     arms, found = report.run_tables(records, arm, short=True)
     held = f"a held-out {recipe.data.held_out:.0%} of the training images"
@@ -200,16 +201,16 @@ def measured(records: report.Records, arm: str, recipe: Recipe) -> list[str]:
     asked = proxies.find(recipe.proxy.name).specific
     if recipe.by_proxy and asked:
         told += f" The proxy task's own answer is {asked}."
-    return [report.gain(records, arm), f"{told} {report.rows_explained(arms)}", *report.explained(found)]
+    return [gains.gain(records, arm), f"{told} {report.rows_explained(arms)}", *report.explained(found)]
 
 
-def comparison(records: report.Records) -> list[str]:
+def comparison(records: Records) -> list[str]:
     """The model beside its controls, in words; nothing where there are none."""
     told = verdict.verdict(records) if records else []
     return ["### Beside its controls", "\n".join(f"- {line}" for line in told)] if told else []
 
 
-def limits(recipe: Recipe, records: report.Records) -> str:
+def limits(recipe: Recipe, records: Records) -> str:
     """What not to expect."""
     licence = {
         None: "No licence was chosen for these weights: ask before you use them.",

@@ -3,18 +3,19 @@
 import statistics
 from pathlib import Path
 
-from . import contrast, report
+from . import contrast
 from .arms import COLOURS
 from .figures import WHERE, mark_chance, mean_and_bars, plt, save
+from .records import Records, split_of
 
 SIDES = {1: "#3a923a", 0: "#555555", -1: "#c03d3e"}  # sslpp is better, level, worse by the interval
 UNITS = {1e9: "billions", 1e12: "trillions", 1e15: "thousands of trillions", 1e18: "millions of trillions"}
 
 
-def draw(folder: Path, rows: contrast.Records) -> dict[str, str]:
+def draw(folder: Path, rows: Records) -> dict[str, str]:
     """Draw a comparison's figures into a folder; the caption of each by its name."""
     rows = contrast.final(rows)
-    split = report.split_of(rows)
+    split = split_of(rows)
     arms, seeds = contrast.arms_and_seeds(rows)
     folder.mkdir(parents=True, exist_ok=True)
     known = len(seeds) >= contrast.ENOUGH
@@ -33,7 +34,7 @@ def draw(folder: Path, rows: contrast.Records) -> dict[str, str]:
     return captions
 
 
-def _controls(rows: contrast.Records) -> list[str]:
+def _controls(rows: Records) -> list[str]:
     return [arm for arm in contrast.arms_and_seeds(rows)[0] if arm != "sslpp"]
 
 
@@ -43,7 +44,7 @@ def _bar(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), (found[1] - found[0]) / 2 if found else 0.0
 
 
-def differences(path: Path, rows: contrast.Records, split: str) -> None:
+def differences(path: Path, rows: Records, split: str) -> None:
     """sslpp minus each arm, a panel for each metric of pooled features, with seeds and intervals."""
     names = [*contrast.leading(rows, split), "residue pooled"]
     arms = _controls(rows)
@@ -81,7 +82,7 @@ def differences(path: Path, rows: contrast.Records, split: str) -> None:
     save(figure, path)
 
 
-def by_stage(path: Path, rows: contrast.Records, split: str) -> None:
+def by_stage(path: Path, rows: Records, split: str) -> None:
     """sslpp minus each arm against the stage, a panel for each arm."""
     arms = _controls(rows)
     stages = sorted({r["stage"] for r in rows if r["stage"] != "pooled" and r["protocol"] in ("linear", "knn")})
@@ -120,7 +121,7 @@ def by_stage(path: Path, rows: contrast.Records, split: str) -> None:
     save(figure, path)
 
 
-def costs(path: Path, rows: contrast.Records, arms: list[str], split: str) -> None:
+def costs(path: Path, rows: Records, arms: list[str], split: str) -> None:
     """A row for each arm: accuracy, mean and range over seeds, beside the operations and minutes of its training."""
     name = contrast.leading(rows, split)[0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 0.4 * len(arms) + 1.2), sharey=True)

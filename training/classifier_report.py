@@ -42,7 +42,7 @@ class Told:
     """
 
     model: str
-    rows: report.Records
+    rows: records.Records
     train: Images
     learned: int
     called: dict[str, str]

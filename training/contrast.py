@@ -2,15 +2,13 @@
 
 import math
 import statistics
-from typing import Any
 
 from scipy import stats
 
 from . import arms as A
-from . import records, report
 from .evaluate.label_free import LEADING
+from .records import Records, data_of, split_of
 
-Records = list[dict[str, Any]]
 KNN = 20  # neighbours that tables show; where others were asked for, the fewest of these
 ENOUGH = 3  # seeds, for an interval: that of two is so wide that it tells next to nothing
 FEWER = "fewer than three seeds"
@@ -165,7 +163,7 @@ def leading(rows: Records, split: str) -> list[str]:
 def tables(rows: Records) -> list[list[list[str]]]:
     """The tables to show first: what the arms are, their means, and the paired differences of the pooled features."""
     rows = final(rows)
-    split = report.split_of(rows)
+    split = split_of(rows)
     made = [costs(rows), summary(rows, split), *(contrast(rows, name, split) for name in leading(rows, split))]
     return [lines for lines in made if len(lines) > 1]
 
@@ -197,7 +195,7 @@ def gained(rows: Records, arm: str, over: str, name: str, split: str) -> tuple[s
 def probed(rows: Records) -> dict[str, dict[str, list[float]]]:
     """Pooled linear accuracies of every seed, by proxy task and arm."""
     return {
-        task: {arm: over_seeds(here, arm, "linear pooled", report.split_of(here)) for arm in arms_and_seeds(here)[0]}
+        task: {arm: over_seeds(here, arm, "linear pooled", split_of(here)) for arm in arms_and_seeds(here)[0]}
         for task, here in by_task(rows).items()
     }
 
@@ -207,7 +205,7 @@ def learned(rows: Records) -> list[list[str]]:
     head = ["proxy task", "solved", "chance", "linear, random", "linear, trained", "gain", "95 % interval", "differs"]
     lines = [[*head, "kNN gain", "its interval"]]
     for task, here in by_task(rows).items():
-        split = report.split_of(here)
+        split = split_of(here)
         own = [r for r in here if (r["arm"], r["protocol"]) == ("proxy_short", "task")]
         cells = ["", ""]
         if own:
@@ -223,7 +221,7 @@ def added(rows: Records, name: str) -> list[list[str]]:
     """For each proxy task a metric of the task given the whole budget, of SSL++, and of their difference."""
     lines = [[title(name, rows), "proxy", "sslpp", "difference", "95 % interval", "differs"]]
     for task, here in by_task(rows).items():
-        split = report.split_of(here)
+        split = split_of(here)
         means = [mean_and_spread(over_seeds(here, arm, name, split)) for arm in ("proxy", "sslpp")]
         if all(means):
             lines.append([task, *means, *gained(here, "sslpp", "proxy", name, split)])
@@ -240,19 +238,19 @@ def tasks(rows: Records) -> list[list[list[str]]]:
 
 def others(rows: Records) -> list[str]:
     """The other data sets that features were transferred to."""
-    return list(dict.fromkeys(records.data_of(r) for r in rows if r["protocol"] == "transfer"))
+    return list(dict.fromkeys(data_of(r) for r in rows if r["protocol"] == "transfer"))
 
 
 def on(rows: Records, data: str) -> Records:
     """The records of transfer to another data set, as if it were a run's own."""
-    here = [r for r in rows if r["protocol"] == "transfer" and records.data_of(r) == data]
+    here = [r for r in rows if r["protocol"] == "transfer" and data_of(r) == data]
     return [{**r, "protocol": r["settings"]["probe"]} for r in here]
 
 
 def across(rows: Records, name: str) -> list[list[str]]:
     """For each proxy task and data set, a metric of the task given the whole budget, of SSL++, and their difference."""
     own = [r for r in rows if r["protocol"] != "transfer"]
-    found = {records.data_of(own[0]): own, **{data: on(rows, data) for data in others(rows)}}
+    found = {data_of(own[0]): own, **{data: on(rows, data) for data in others(rows)}}
     lines = [[f"{title(name, own)}: proxy → sslpp", *found]]
     for task in dict.fromkeys(r["task"] for r in rows):
         cells = [step(final([r for r in here if r["task"] == task]), name) for here in found.values()]
@@ -263,7 +261,7 @@ def across(rows: Records, name: str) -> list[list[str]]:
 
 def step(rows: Records, name: str) -> str:
     """A metric of the task given the whole budget and of SSL++, means over the seeds of both, and their difference."""
-    split = report.split_of(rows)
+    split = split_of(rows)
     differences = paired(rows, "sslpp", "proxy", name, split)
     if not differences:
         return ""
@@ -279,7 +277,7 @@ def transferred(rows: Records) -> list[list[list[str]]]:
     for data in others(rows):
         here = on(rows, data)
         for name in ("linear pooled", "knn pooled"):
-            head, *lines = contrast(here, name, report.split_of(here))
+            head, *lines = contrast(here, name, split_of(here))
             result.append([[f"{data}: {head[0]}", *head[1:]], *lines])
     return result
 

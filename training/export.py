@@ -7,13 +7,12 @@ import timm
 import torch
 
 from . import backbone as B
-from . import card, report
+from . import card, gains
 from .extraction import plain_batch
 from .files import Failed, whole_folder, write_lines, write_text
 from .images import Images
 from .recipe import Recipe
-from .records import read
-from .report import Records
+from .records import Records, read
 
 
 def export(
@@ -42,7 +41,7 @@ def export(
     Raises:
         Failed: timm does not find the same features in the written folder.
     """
-    hub, bad = folder / "hub", report.worse(records, arm, recipe.relearn.export)
+    hub, bad = folder / "hub", gains.worse(records, arm, recipe.relearn.export)
     source = folders[0] if bad and recipe.relearn.export == "better" else folders[-1]
     with whole_folder(hub) as beside:
         tag = recipe.proxy.name if recipe.by_proxy else ""

@@ -21,6 +21,7 @@ from .files import Failed, Refused, write_text
 from .pixels import Pixels
 from .recipe import Data
 from .sources import Source
+from .uses import uses
 
 
 @dataclass
@@ -115,7 +116,7 @@ def load_splits(
         Failed: more than data.max_bad_fraction of the images of a split cannot be decoded.
     """
     found, beside = sources.read(data)
-    use = sources.uses(data, found, tuning)
+    use = uses(data, found, tuning)
     names = [name for name in (use.train, use.held_out) if name]
     train = load(data, {name: found[name] for name in names}, folder, in_file=in_file, taken=taken, by_class=tuning)
     test = load(data, {use.test: found[use.test]}, folder, train, in_file, taken) if use.test else None

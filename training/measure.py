@@ -9,7 +9,7 @@ from .evaluate import Over, evaluate
 from .files import read_json, sha256_file, sha256_json, write_json
 from .images import Images
 from .once import reads
-from .recipe import READS
+from .recipe import READS, Recipe
 from .setup import Run
 
 
@@ -80,6 +80,7 @@ def measured(this: Run, arm: str, folders: list[Path], hashes: dict[str, str]) -
     if number:
         found += cluster_records(this, folders[-1])
         figures.contact_sheet(folders[-1] / "clusters.png", this.train, folders[-1] / "labels.parquet")
+    chosen = chosen_stages(recipe, folders[-1]) if number else {}
     shared = {
         "arm": arm,
         "model": recipe.model.name,
@@ -98,11 +99,20 @@ def measured(this: Run, arm: str, folders: list[Path], hashes: dict[str, str]) -
         "weights_sha256": hashes["weights_sha256"],
         "versions": records.versions(),
         **({"schedules": schedules} if schedules else {}),
+        **({"chosen": chosen} if chosen else {}),
     }
     source = recipe.data.called
     own = over.data(source, "train")
     rows = [{**shared, **row, "data": over.data(row.pop("of", source), row["split"]), **cost} for row in found]
     return [row if row["protocol"] != "transfer" else {**row, "trained_on": own} for row in rows]
+
+
+def chosen_stages(recipe: Recipe, folder: Path) -> dict[str, int]:
+    """The stages that a round's markers tell of, by the fields that left them to be chosen."""
+    fields = {"clusters.stage": recipe.clusters.stage, "relearn.split": recipe.relearn.split}
+    auto = [field.split(".") for field, value in fields.items() if value == "auto"]
+    told = {f"{phase}.{name}": read_json(folder / f"{phase}.json").get(name) for phase, name in auto}
+    return {field: stage for field, stage in told.items() if stage is not None}  # of true labels none is clustered
 
 
 def classes_fingerprint(images: Images) -> str:

@@ -20,19 +20,20 @@ import sslpp_models  # noqa: F401  registers the backbones
 from . import agreement, benchmark, card, charts, contrast, figures, records, report, verdict
 from .command import guarded, parse, short_name
 from .files import write_text
+from .records import Records
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "hub_configs" / "RESULTS.md")
 
 
-def run_table(rows: contrast.Records) -> list[list[list[str]]]:
+def run_table(rows: Records) -> list[list[list[str]]]:
     """What one run gained, by stage."""
     arms = [name for name in ("random", "proxy_short", "sslpp") if any(r["arm"] == name for r in rows)]
     found = report.tables(rows, arms)
     return [lines for protocol, lines in found if protocol != "rankme" and "k = 200" not in lines[0][0]]
 
 
-def fine_tuned(rows: contrast.Records) -> dict[str, dict[float, list[float]]]:
+def fine_tuned(rows: Records) -> dict[str, dict[float, list[float]]]:
     """Top-1, %, of each seed, on the test split after the last epoch, by what was fine-tuned and by share of labels."""
     found: dict[str, dict[float, list[float]]] = {}
     for row in rows:
@@ -43,7 +44,7 @@ def fine_tuned(rows: contrast.Records) -> dict[str, dict[float, list[float]]]:
     return found
 
 
-def finetune_table(rows: contrast.Records) -> list[list[list[str]]]:
+def finetune_table(rows: Records) -> list[list[list[str]]]:
     """Mean and spread over seeds of fine-tuned models, a column for each share of labels."""
     found = fine_tuned(rows)
     shares = sorted({share for values in found.values() for share in values})
@@ -64,7 +65,7 @@ CONTROLS = {
 HEADS = [f"{probe}, {arm}" for probe in PROBES for arm in ARMS.values()]
 
 
-def gained(rows: contrast.Records) -> list[str]:
+def gained(rows: Records) -> list[str]:
     """Pooled features on the test split, for `HEADS`: untrained, after the proxy task, after SSL++."""
     pick = partial(records.value, rows, stage="pooled", split="test", metric="top1")
     found = [pick(arm=arm, **fields) for fields in PROBES.values() for arm in ARMS]
@@ -80,12 +81,12 @@ def gains_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     return [lines]
 
 
-def shown_larger(folder: Path) -> contrast.Records:
+def shown_larger(folder: Path) -> Records:
     """The records of a shipped backbone at its `test_input_size`; none where it has no such size."""
     return [{**row, "arm": "sslpp"} for row in records.read(folder / "larger.jsonl")]  # evaluate calls it by its name
 
 
-def gained_by_size(own: contrast.Records, larger: contrast.Records) -> str:
+def gained_by_size(own: Records, larger: Records) -> str:
     """What a backbone gains by being shown larger than in training, for its card."""
     found = dict(zip(HEADS, zip(gained(larger), gained(own), strict=True), strict=True))
     linear, knn = (" instead of ".join(found[f"{probe}, SSL++"]) for probe in PROBES)
@@ -119,7 +120,7 @@ def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     found.sort(key=trained_on, reverse=True)
     lines = [["sslpp minus, in points: " + " / ".join(PROBES), *map(compared, found)]]
 
-    def cell(rows: contrast.Records, arm: str, probe: str) -> str:
+    def cell(rows: Records, arm: str, probe: str) -> str:
         differences = list(contrast.paired(rows, "sslpp", arm, f"{probe.lower()} pooled", "test").values())
         if not differences:
             return ""
@@ -132,18 +133,18 @@ def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     return [lines]
 
 
-def compared(rows: contrast.Records) -> str:
+def compared(rows: Records) -> str:
     """The network, proxy task, images and seeds of a comparison."""
     seeds = len(contrast.arms_and_seeds(rows)[1])
     return f"{rows[0]['model']}, {rows[0]['task']}, {trained_on(rows):,} images, seeds {seeds}"
 
 
-def trained_on(rows: contrast.Records) -> int:
+def trained_on(rows: Records) -> int:
     """How many images were trained on, which are those that a linear probe was fitted on."""
     return next(r["settings"]["n"] for r in rows if r["protocol"] == "linear")
 
 
-def of(make: Callable[[contrast.Records], list], file: str = "records.jsonl") -> Callable[[Path, str], list]:
+def of(make: Callable[[Records], list], file: str = "records.jsonl") -> Callable[[Path, str], list]:
     """A kind of table that is made of one recipe's records."""
     return lambda configs, name: make(records.read(configs / name / file))
 

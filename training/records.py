@@ -9,6 +9,7 @@ from typing import Any
 
 from .files import alone, read_lines, refuse_out, write_lines
 
+Records = list[dict[str, Any]]
 # What makes two records figures of the same thing: a newer one replaces an older.
 IDENTITY = (
     "arm", "model", "task", "seed", "phase", "round", "stage", "protocol", "data", "size", "split", "metric", "variant",
@@ -56,6 +57,28 @@ def write(
 def data_of(record: dict[str, Any]) -> str:
     """What the data of a record are called, without their fingerprint."""
     return record["data"].rpartition("@")[0]
+
+
+def split_of(records: Records) -> str:
+    """The split that tables show: test where classes were measured on it, else the held-out part of train."""
+    classes = [r for r in records if r["protocol"] in ("linear", "knn")]
+    return "test" if any(r["split"] == "test" for r in classes or records) else "val"
+
+
+def last_round(records: Records, arm: str) -> Records:
+    """An arm's records of its last round."""
+    rows = [r for r in records if r["arm"] == arm]
+    return [r for r in rows if r["round"] == max(x["round"] for x in rows)]
+
+
+def is_labelled(records: Records) -> bool:
+    """Whether anything was measured by classes."""
+    return any(row["protocol"] in ("linear", "knn") for row in records)
+
+
+def stages_of(records: Records) -> int:
+    """How many stages the records tell of."""
+    return 1 + max((r["stage"] for r in records if isinstance(r["stage"], int)), default=-1)
 
 
 def versions() -> dict[str, str]:

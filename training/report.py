@@ -9,14 +9,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import figures, longer
+from . import figures
 from .command import short_name
-from .evaluate.label_free import LEADING
 from .files import read_json, whole_file, write_text
+from .gains import cautions, gain
 from .recipe import Recipe
-from .records import data_of
+from .records import Records, data_of, is_labelled, last_round, split_of, stages_of
 
-Records = list[dict[str, Any]]
 Table = list[list[str]]
 TITLES = {
     "linear": "linear probe, top-1 %",
@@ -58,24 +57,11 @@ PICTURES = {
     "curves": "Training, phase by phase: the loss, and what the log tells of each phase's own task",
 }
 
-
 SOURCES = {
     "backbone": "clusters of features, without labels",
     "random": "clusters of an untrained network's features, without labels",
     "labels": "the true labels",
 }
-
-
-def split_of(records: Records) -> str:
-    """The split that tables show: test where classes were measured on it, else the held-out part of train."""
-    classes = [r for r in records if r["protocol"] in ("linear", "knn")]
-    return "test" if any(r["split"] == "test" for r in classes or records) else "val"
-
-
-def last_round(records: Records, arm: str) -> Records:
-    """An arm's records of its last round."""
-    rows = [r for r in records if r["arm"] == arm]
-    return [r for r in rows if r["round"] == max(x["round"] for x in rows)]
 
 
 def tables(records: Records, arms: list[str], protocols: Collection[str] = TITLES) -> list[tuple[str, Table]]:
@@ -226,11 +212,6 @@ def run_tables(records: Records, arm: str, short: bool = False) -> tuple[list[st
     return arms, by_stage if short else by_stage + pooled_tables(records, arms)
 
 
-def is_labelled(records: Records) -> bool:
-    """Whether anything was measured by classes."""
-    return any(row["protocol"] in ("linear", "knn") for row in records)
-
-
 def explained(found: list[Table]) -> Iterator[str]:
     """Tables for Markdown, and under the first of each kind what it shows."""
     left = dict(LEGENDS)
@@ -240,111 +221,36 @@ def explained(found: list[Table]) -> Iterator[str]:
             yield f"*{left.pop(begin)}*"
 
 
-# What pooled features are judged by: the probes, and where there are no labels the score that agrees best with them.
-PROBES = {"linear": ("linear", "top1"), "nearest neighbours": ("knn", "top1")}
-WITHOUT_LABELS = {LEADING: ("label_free", LEADING)}
-RETRIEVAL = (
-    "it is how often a strong view of a held-out image finds another view of the same image, and the one of such "
-    "scores that agrees best with what labels say."
-)
-
-
-def pooled(records: Records, arm: str, split: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Records of an arm's pooled features by protocol and metric; of several numbers of neighbours the first."""
-    rows = [r for r in last_round(records, arm) if (r["stage"], r["split"]) == ("pooled", split)]
-    return {(r["protocol"], r["metric"]): r for r in reversed(rows)}
-
-
-def lost(records: Records, before: str, after: str) -> str | None:
-    """By how much an arm is worse than another on held-out images, by what pooled features are judged by; else None."""
-    one, other = (pooled(records, name, "val") for name in (before, after))
-    both = one.keys() & other.keys()
-    judged = PROBES if both & set(PROBES.values()) else WITHOUT_LABELS
-    values = {name: (one[key]["value"], other[key]["value"]) for name, key in judged.items() if key in both}
-    if sum(now - then for then, now in values.values()) >= 0:
-        return None
-    told = ", ".join(f"{name} {100 * then:.1f} -> {100 * now:.1f}" for name, (then, now) in values.items())
-    count = next(other[key].get("count") for key in judged.values() if key in both)
-    if count:  # records of earlier versions do not tell
-        error = max(sum(p * (1 - p) for p in pair) for pair in values.values()) / count
-        told += f"; of {count:,} images, where chance alone moves such a difference by up to "
-        told += f"{200 * error**0.5:.1f} points"
-    return told
-
-
-def worse(records: Records, arm: str, export: str) -> str | None:
-    """One sentence if an arm is worse, on held-out images, than the backbone that it started from; None if not."""
-    told = lost(records, "proxy_short", arm)
-    if told is None:
-        return None
-    held = {
-        "better": "hub/ holds the backbone that relearning started from, proxy_short; the relearned one would be there "
-        "with relearn.export: always",
-        "always": "hub/ holds the relearned one all the same, as relearn.export asks for",
-    }[export]
-    return f"Relearning made it worse on held-out images ({told}): {held}."
-
-
-def cautions(records: Records, arm: str, export: str) -> list[str]:
-    """What is to be read first: that relearning, or all of the training, made it worse."""
-    found = [told] if (told := worse(records, arm, export)) else []
-    best = "proxy_short" if found and export == "better" else arm
-    if told := lost(records, "random", best):
-        better = f"The untrained network does better than what became of it ({told})"
-        found.append(f"{better}: it needs more images, or more steps.")
-    return [" ".join(found)] if found else []
-
-
-def gain(records: Records, arm: str) -> str:
-    """What the result gained over the backbone it started from, or why there is no figure."""
-    split = split_of([r for r in records if r["metric"] == "top1"])
-    before, after = (pooled(records, name, split) for name in ("proxy_short", arm))
-    labelled = before.keys() & after.keys() & set(PROBES.values())
-    if not labelled:  # the scores without labels are of held-out images
-        split, before, after = "val", *(pooled(records, name, "val") for name in ("proxy_short", arm))
-    shown = {**(PROBES if labelled else WITHOUT_LABELS), "residue": ("residue", "top1")}
-    pairs = {name: (before[key], after[key]) for name, key in shown.items() if key in before and key in after}
-    if not pairs:
-        return "There is nothing to compare yet."
-    values = {name: (100 * then["value"], 100 * now["value"]) for name, (then, now) in pairs.items()}
-    parts = [f"{name} {then:.1f} -> {now:.1f} ({now - then:+.1f})" for name, (then, now) in values.items()]
-    one, other = next(iter(pairs.values()))
-    where = {"val": "the held-out part of train", "test": "the test split"}[split]
-    how = "" if labelled else f"{LEADING.capitalize()} needs no labels: {RETRIEVAL} "
-    return (
-        f"{arm} over the backbone that it started from, pooled features, on {where}, seed {other['seed']}: "
-        f"{'; '.join(parts)}. {how}That had seen {one['images_seen']:,} images here, {arm} "
-        f"{other['images_seen']:,}: a comparison at equal budget, over several seeds, is what training.compare makes."
-        f"{longer.words(other)}"
-    )
-
-
-def stages_of(records: Records) -> int:
-    """How many stages the records tell of."""
-    return 1 + max((r["stage"] for r in records if isinstance(r["stage"], int)), default=-1)
-
-
 def origin(recipe: Recipe, records: Records) -> str:
     """What the backbone was made from and by, in words."""
-    relearn, count, name = recipe.relearn, stages_of(records), plain(short_name(recipe.model.name))
+    relearn, name = recipe.relearn, plain(short_name(recipe.model.name))
     steps = [f"from the weights of {name}, whatever these were trained on"]
     if not recipe.model.pretrained:
         steps = ["from random weights"]
     if recipe.proxy.epochs:
         steps.append(f"by {recipe.proxy.epochs:g} epochs of the proxy task {recipe.proxy.name}, without labels")
     if relearn.rounds:
-        labels, k = SOURCES[recipe.clusters.source], f"k = {', '.join(map(str, recipe.clusters.k))}; "
-        last = "a stage that was chosen without labels"
-        if relearn.split != "auto":
-            last = f"stage {relearn.split % count} of 0 to {count - 1}" if count else f"stage {relearn.split}"
+        source, told = recipe.clusters.source, f"epochs {relearn.epochs:g}; rounds {relearn.rounds}"
+        if source != "labels":
+            told = f"k = {', '.join(map(str, recipe.clusters.k))}; {told}"
+        last = last_low(relearn.split, records)
         kept = {
             "high": f"keeping the low layers (up to {last}) and re-initialising the high ones",
             "all": "re-initialising every layer",
             "none": f"re-initialising nothing; layers up to {last} rest for the first {relearn.settle:.0%} of it",
         }[relearn.reinit]
-        told = f"{k * (recipe.clusters.source != 'labels')}epochs {relearn.epochs:g}; rounds {relearn.rounds}"
-        steps.append(f"then from {labels} ({told}), {kept}")
+        steps.append(f"then from {SOURCES[source]} ({told}), {kept}")
     return ", ".join(steps)
+
+
+def last_low(split: int | str, records: Records) -> str:
+    """The last stage of the low layers, in words, given where relearning was to split the network."""
+    chosen = [row["chosen"]["relearn.split"] for row in records if "relearn.split" in row.get("chosen", {})]
+    if split == "auto" and not chosen:  # records of earlier versions do not tell
+        return "a stage that was chosen without labels"
+    count, stage = stages_of(records), chosen[-1] if split == "auto" else split
+    told = f"{stage % count if count else stage}{', chosen without labels,' if split == 'auto' else ''}"
+    return f"stage {told} of 0 to {count - 1}" if count else f"stage {told}"
 
 
 def usage(model: str, size: int) -> str:

@@ -92,7 +92,7 @@ def telling_apart(found: dict[str, list[float]]) -> str:
 def verdict(rows: Records) -> list[str]:
     """Sentences that tell what a comparison found; none without sslpp and another arm."""
     rows = final(rows)
-    split, (arms, seeds) = report.split_of(rows), arms_and_seeds(rows)
+    split, (arms, seeds) = records.split_of(rows), arms_and_seeds(rows)
     lines = []
     for name in leading(rows, split):
         found = {arm: list(paired(rows, "sslpp", arm, name, split).values()) for arm in arms if arm != "sslpp"}
@@ -119,7 +119,7 @@ def write(folder: Path) -> str:
     """Write a comparison's report.md and figures from its records; the text for the screen."""
     rows = records.read(folder / "records.jsonl")
     shown = final(rows)
-    split, (_, seeds) = report.split_of(shown), arms_and_seeds(shown)
+    split, (_, seeds) = records.split_of(shown), arms_and_seeds(shown)
     pictures = charts.draw(folder / "report", rows)
     where = {"val": "the held-out part of train", "test": "the test split"}[split]
     intro = (

@@ -26,6 +26,7 @@ from ..loop import Context
 from ..markers import check_written
 from ..operations import on_device
 from ..setup import scaled_for
+from ..uses import uses
 from . import FEWEST, Found
 
 IMAGES = 10_000
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
 def some(data: recipe.Data, count: int, folder: Path) -> tuple[Images, np.ndarray]:
     """At most `count` images of the training split, and their places among all that `data` has of it."""
     splits, _ = sources.read(data)
-    name = sources.uses(data, splits).train
+    name = uses(data, splits).train
     size = len(splits[name])
     fewer = dataclasses.replace(data, limit=min(count, data.limit or size), max_bad_fraction=1.0)
     loaded = images.load(fewer, {name: splits[name]}, folder)
