@@ -33,18 +33,21 @@ def test_a_table_that_is_out_of_date_is_made_anew():
 
 def test_the_command_writes_tables_figures_and_cards(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "hub_configs", tmp_path / "hub_configs")
-    page, card = tmp_path / "PAGE.md", tmp_path / "hub_configs" / "sslpp_resnet10t_s64.simclr_c10_v2" / "CARD.md"
-    page.write_text("<!-- comparison: quickstart -->\n<!-- end -->\n")
-    figure = tmp_path / "hub_configs" / "quickstart" / "report" / "differences.png"
-    whole, drawn = card.read_text(), figure.read_bytes()
-    card.unlink()
-    figure.unlink()
+    configs, page = tmp_path / "hub_configs", tmp_path / "PAGE.md"
+    card = configs / "sslpp_resnet10t_s64.simclr_c10_v2" / "CARD.md"
+    kinds = ("comparison: quickstart", "across: tasks_c10_20k", "controls: sslpp_*0k")
+    page.write_text("".join(f"<!-- {kind} -->\n<!-- end -->\n" for kind in kinds))
+    names = ("quickstart/report/differences.png", "tasks_c10_20k/report/tasks.png", "controls.png")
+    whole, drawn = card.read_text(), {name: (configs / name).read_bytes() for name in names}
+    for path in (card, *(configs / name for name in names)):
+        path.unlink()
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "PAGES", (page,))
     readme.main([])
     assert "| sslpp |" in page.read_text()
     assert card.read_text() == whole
-    assert len(figure.read_bytes()) == pytest.approx(len(drawn), rel=0.2)  # fonts differ
+    for name, content in drawn.items():
+        assert len((configs / name).read_bytes()) == pytest.approx(len(content), rel=0.2), name  # fonts differ
 
 
 @pytest.mark.parametrize("name", timm.list_pretrained("sslpp_*"))

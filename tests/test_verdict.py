@@ -94,7 +94,7 @@ def test_each_arm_and_seed_is_drawn_where_its_difference_lies(tmp_path, monkeypa
     monkeypatch.setattr(charts, "save", lambda figure, path: kept.update({path.stem: figure}))
     charts.draw(tmp_path, rows())
     linear, knn = kept["differences"].axes
-    seeds, mean = linear.lines[1], linear.lines[2]  # after the line at 0
+    seeds, mean = linear.lines[0], linear.lines[1]
     assert seeds.get_xdata() == pytest.approx([2, 3, 1])
     assert mean.get_xdata() == pytest.approx([2])
     low, high = contrast.interval([2.0, 3.0, 1.0])
@@ -109,3 +109,24 @@ def test_each_arm_and_seed_is_drawn_where_its_difference_lies(tmp_path, monkeypa
     assert [text.get_text() for text in accuracy.texts] == ["62.0", "60.0", "30.0"]
     for count, said in ((3, "95 % interval"), (2, "no interval is known")):
         assert said in charts.draw(tmp_path, [r for r in rows() if r["seed"] < count])["stages"]
+
+
+def test_controls_of_several_comparisons_are_drawn_line_by_line(tmp_path, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(charts, "save", lambda figure, path: kept.update({path.stem: figure}))
+    own = [{**row, "split": "test"} for row in rows()]
+    fewer = [row for row in own if row["seed"] < 2]
+    charts.controls(
+        tmp_path / "controls.png", {"one": own, "other": fewer}, {"scratch": "from random", "proxy": "more"}
+    )
+    (scratch, knn), (proxy, _) = zip(*[iter(kept["controls"].axes)] * 2, strict=True)
+    assert [scratch.get_title("left"), proxy.get_title("left")] == [
+        "sslpp minus scratch: from random",
+        "sslpp minus proxy: more",
+    ]
+    assert [label.get_text() for label in scratch.get_yticklabels()] == ["one", "other"]
+    assert [list(line.get_ydata()) for line in scratch.lines[:1]] == [[0, 0, 0]]
+    means = [text.get_text() for text in scratch.texts]
+    assert (means[0][:6], means[1]) == ("+2.0 ±", "+2.5")  # of two seeds no interval
+    assert knn.get_xlim() == kept["controls"].axes[3].get_xlim()
+    assert not proxy.texts  # nobody has it

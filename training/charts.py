@@ -44,6 +44,33 @@ def _bar(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), (found[1] - found[0]) / 2 if found else 0.0
 
 
+def _mark(axis: plt.Axes, place: int, values: list[float], less_is_better: bool = False) -> None:
+    """A line with the differences of all seeds, their mean, its interval and its figures."""
+    if not values:
+        return
+    mean, half = _bar(values)
+    known = len(values) >= contrast.ENOUGH
+    side = int(mean - half > 0) - int(mean + half < 0) if known else 0
+    colour = SIDES[-side if less_is_better else side]
+    axis.plot(values, [place] * len(values), "o", ms=3, color=colour, alpha=0.35)
+    fill = colour if known else "white"
+    axis.errorbar(mean, place, xerr=half or None, fmt="o", ms=6, capsize=3, color=colour, mfc=fill)
+    told = f"{mean:+.1f}" + (f" ± {half:.1f}" if known else "")
+    axis.text(1.02, place, told, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+
+
+def _around_nothing(axis: plt.Axes) -> None:
+    """An axis of differences: a line at 0, and ±1 beside ±20."""
+    axis.axvline(0, color="black", lw=1, zorder=1)
+    axis.set_xscale("symlog", linthresh=2, linscale=0.8)
+    most = max(abs(edge) for edge in axis.get_xlim())
+    ticks = [tick for tick in (1, 2, 5, 20) if tick <= most]
+    axis.set_xticks([-tick for tick in reversed(ticks)] + [0, *ticks])
+    axis.set_xticklabels([f"{tick:+d}" if tick else "0" for tick in axis.get_xticks().astype(int)])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+
+
 def differences(path: Path, rows: Records, split: str) -> None:
     """sslpp minus each arm, a panel for each metric of pooled features, with seeds and intervals."""
     names = [*contrast.leading(rows, split), "residue pooled"]
@@ -53,31 +80,40 @@ def differences(path: Path, rows: Records, split: str) -> None:
     size = (4.6 * len(found) + 1, 0.42 * len(arms) + 1.3)
     figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, sharey=True)
     for axis, (name, of) in zip(axes[0], found.items(), strict=True):
-        axis.axvline(0, color="black", lw=1)
+        turned = name.startswith("residue")
         for place, values in enumerate(of.values()):
-            if not values:
-                continue
-            mean, half = _bar(values)
-            known = len(values) >= contrast.ENOUGH
-            side = int(mean - half > 0) - int(mean + half < 0) if known else 0
-            colour = SIDES[-side if name.startswith("residue") else side]
-            axis.plot(values, [place] * len(values), "o", ms=3, color=colour, alpha=0.35)
-            fill = colour if known else "white"
-            axis.errorbar(mean, place, xerr=half or None, fmt="o", ms=6, capsize=3, color=colour, mfc=fill)
-            told = f"{mean:+.1f}" + (f" ± {half:.1f}" if known else "")
-            axis.text(1.02, place, told, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
-        axis.set_xscale("symlog", linthresh=2, linscale=0.8)  # ±1 beside ±20
-        most = max(abs(edge) for edge in axis.get_xlim())
-        ticks = [tick for tick in (1, 2, 5, 20) if tick <= most]
-        axis.set_xticks([-tick for tick in reversed(ticks)] + [0, *ticks])
-        axis.set_xticklabels([f"{tick:+d}" if tick else "0" for tick in axis.get_xticks().astype(int)])
-        axis.minorticks_off()
-        less = " (less is better)" if name.startswith("residue") else ""
-        axis.set_title(contrast.title(name, rows) + less, fontsize=9)
+            _mark(axis, place, values, turned)
+        _around_nothing(axis)
+        axis.set_title(contrast.title(name, rows) + (" (less is better)" if turned else ""), fontsize=9)
         axis.set_xlabel("sslpp minus the arm, points")
-        axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(arms)), arms)
     axes[0][0].set_ylim(len(arms) - 0.4, -0.6)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def controls(path: Path, found: dict[str, Records], arms: dict[str, str]) -> None:
+    """sslpp minus its controls: a line for each comparison, panels below one another for each arm.
+
+    Args:
+        path: of the figure.
+        found: the records that count of each comparison, by what it is called.
+        arms: the controls, each with what it is.
+    """
+    names = ("linear pooled", "knn pooled")
+    size = (10, len(arms) * (0.26 * len(found) + 0.35) + 0.8)
+    figure, axes = plt.subplots(len(arms), len(names), figsize=size, squeeze=False, sharex="col", sharey=True)
+    for line, (arm, what) in zip(axes, arms.items(), strict=True):
+        for axis, name in zip(line, names, strict=True):
+            for place, rows in enumerate(found.values()):
+                _mark(axis, place, list(contrast.paired(rows, "sslpp", arm, name, "test").values()))
+        line[0].set_title(f"sslpp minus {arm}: {what}", fontsize=9, loc="left")
+        line[0].set_yticks(range(len(found)), list(found), fontsize=8)
+        line[0].set_ylim(len(found) - 0.4, -0.6)
+    for axis in axes.flat:
+        _around_nothing(axis)
+    for axis, name in zip(axes[-1], names, strict=True):
+        axis.set_xlabel(f"{contrast.title(name, next(iter(found.values())))}, points")
     figure.tight_layout()
     save(figure, path)
 

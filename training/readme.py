@@ -110,14 +110,18 @@ def backbones_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     return [lines]
 
 
+def comparisons(configs: Path, pattern: str) -> list[Records]:
+    """The records that count of each comparison of that pattern, that of the most images first."""
+    found = [contrast.final(records.read(path)) for path in sorted(configs.glob(f"{pattern}/records.jsonl"))]
+    return sorted(found, key=trained_on, reverse=True)
+
+
 def controls_table(configs: Path, pattern: str) -> list[list[list[str]]]:
     """sslpp less its controls, pooled, on the test split, a column for each comparison of that pattern.
 
-    That of the most images comes first. In parentheses what its interval does not tell from 0, or what has too few
-    seeds for one.
+    In parentheses what its interval does not tell from 0, or what has too few seeds for one.
     """
-    found = [contrast.final(records.read(path)) for path in sorted(configs.glob(f"{pattern}/records.jsonl"))]
-    found.sort(key=trained_on, reverse=True)
+    found = comparisons(configs, pattern)
     lines = [["sslpp minus, in points: " + " / ".join(PROBES), *map(compared, found)]]
 
     def cell(rows: Records, arm: str, probe: str) -> str:
@@ -185,12 +189,24 @@ def shipped_card(folder: Path) -> str:
     return card.page(folder, folder.name, own, compared, made, "sslpp", (trained_on(own), counted["val"]), shipped=True)
 
 
+def draw(configs: Path, kind: str, name: str) -> None:
+    """The figures beside a table."""
+    rows, folder = records.read(configs / name / "records.jsonl"), configs / name / "report"
+    if kind == "comparison":
+        charts.draw(folder, rows)
+    elif kind == "across":
+        charts.tasks(folder / "tasks.png", contrast.probed(rows))
+    elif kind == "controls":
+        found = {f"{rows[0]['model']}, {rows[0]['task']}": rows for rows in comparisons(configs, name)}
+        charts.controls(configs / "controls.png", found, CONTROLS)
+
+
 def main(arguments: Sequence[str]) -> None:
     configs = ROOT / "hub_configs"
     for path in PAGES:
         write_text(path, fill(path.read_text(encoding="utf-8"), configs))
-        for name in re.findall(r"<!-- comparison: (\S+) -->", path.read_text(encoding="utf-8")):
-            charts.draw(configs / name / "report", records.read(configs / name / "records.jsonl"))
+        for kind, name in re.findall(r"<!-- (\w+): (\S+) -->", path.read_text(encoding="utf-8")):
+            draw(configs, kind, name)
     for path in configs.glob("*/finetune.jsonl"):
         figures.fine_tuned(path.parent / "report" / "finetune.png", fine_tuned(records.read(path)))
     for name in timm.list_pretrained("sslpp_*"):
