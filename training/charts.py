@@ -85,7 +85,7 @@ def differences(path: Path, rows: Records, split: str) -> None:
             _mark(axis, place, values, turned)
         _around_nothing(axis)
         axis.set_title(contrast.title(name, rows) + (" (less is better)" if turned else ""), fontsize=9)
-        axis.set_xlabel("sslpp minus the arm, points")
+        axis.set_xlabel("sslpp minus the arm, points (scale compressed)")
     axes[0][0].set_yticks(range(len(arms)), arms)
     axes[0][0].set_ylim(len(arms) - 0.4, -0.6)
     figure.tight_layout()
@@ -113,7 +113,7 @@ def controls(path: Path, found: dict[str, Records], arms: dict[str, str]) -> Non
     for axis in axes.flat:
         _around_nothing(axis)
     for axis, name in zip(axes[-1], names, strict=True):
-        axis.set_xlabel(f"{contrast.title(name, next(iter(found.values())))}, points")
+        axis.set_xlabel(f"{contrast.title(name, next(iter(found.values())))}, points (scale compressed)")
     figure.tight_layout()
     save(figure, path)
 
