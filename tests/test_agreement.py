@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 
@@ -41,6 +42,25 @@ def test_each_task_is_compared_with_its_own_settings(compared):
     assert [line[2] for line in linear[1:]] == ["0.25", f"{1 / 7:.3g}"]
     assert "\nrotation" in done.stdout
     assert (folder / "run" / "report" / "tasks.png").stat().st_size > 1000
+
+
+def test_without_labels_tasks_are_told_by_the_score_that_needs_none(picture_folder, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for number, path in enumerate(sorted((picture_folder / "train").rglob("*.png"))):
+        shutil.copy(path, plain / f"{number}.png")
+    arms = ["--tasks", "[rotation,npid]", "--arms", "[random,proxy_short]", "--seeds", "[0]"]
+    done = call(side_by_side.main, *TINY, *arms, "--data.path", plain, "--run", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| proxy task | solved | chance | retrieval, random | retrieval, trained | gain |" in report
+    rows = records.read(tmp_path / "run" / "records.jsonl")
+    value = next(
+        r["value"] for r in rows if (r["arm"], r["metric"]) == ("random", "retrieval") and r["stage"] == "pooled"
+    )
+    assert report.count(f"| {100 * value:.1f} (1) |") >= 1
+    assert "agrees with" not in report
+    assert (tmp_path / "run" / "report" / "tasks.png").stat().st_size > 1000
 
 
 def test_the_metric_of_a_task_is_the_mean_of_its_newest_lines(compared):

@@ -171,6 +171,44 @@ def test_arms_are_added_without_doing_others_again(finished, picture_folder):
     assert "is not told from" in done.stdout.split("Verdict\n")[1]  # by two seeds
 
 
+def test_arms_of_other_images_budgets_or_measures_are_refused_before_anything_changes(
+    finished, picture_folder, tmp_path
+):
+    folder, other = tmp_path / "whole", tmp_path / "pictures"
+    shutil.copytree(finished[0], folder)
+    shutil.copytree(picture_folder, other)
+    next((other / "train").rglob("*.png")).unlink()
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    more = [*TINY, "--arms", "[keep_high]", "--seeds", "[0]", "--run", folder, "--data.path"]
+    for options, said in (
+        ([other], "images: {0} was made with other images: files were added, removed, renamed or changed since; ch"),
+        ([picture_folder, "--relearn.epochs", "2"], f"relearn.epochs: {folder} was made with 1.0, now it is 2.0"),
+        ([picture_folder, "--clusters.k", "[3]"], f"clusters.k: {folder} was made with [3, 5], now it is [3]; choose"),
+        ([picture_folder, "--evaluate.linear_c", "[1]"], "linear_c: {0} was measured with [0.1], now it is [1.0]; ask"),
+    ):
+        done = call(compare.main, *more, *options)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert said.format(folder) in done.stderr
+    assert "--arms [proxy, random, scratch, sslpp] and --seeds [0, 1], too" in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_all_that_is_there_may_be_measured_anew_and_another_task_stays_one(finished, picture_folder, tmp_path):
+    folder = tmp_path / "whole"
+    alone = [*TINY, "--arms", "[random]", "--seeds", "[0]", "--data.path", picture_folder, "--run", folder]
+    for value in ("0.1", "0.01"):
+        done = call(compare.main, *alone, "--evaluate.linear_c", f"[{value}]")
+        assert done.returncode == 0, done.stderr
+        rows = records.read(folder / "records.jsonl")
+        assert {row["settings"]["C"] for row in rows if row["protocol"] == "linear"} == {float(value)}
+    made = read_json(folder / "comparison.json")
+    made["made"]["--other_proxy"] = "simclr"
+    write_json(folder / "comparison.json", made)
+    again = [*alone, "--evaluate.linear_c", "[0.01]", "--arms", "[other_proxy]", "--other_proxy", "rotation"]
+    done = call(compare.main, *again)
+    assert (done.returncode, f"--other_proxy: {folder} was made with simclr, now" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("grid", "best", "tried", "chosen"),
     [

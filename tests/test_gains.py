@@ -1,7 +1,7 @@
 """What a run gained or lost, in sentences."""
 
 from tests.test_report import a_run, record
-from training import gains
+from training import gains, report
 
 
 def test_the_gain_is_the_difference_of_the_records_and_tells_the_budgets():
@@ -12,6 +12,15 @@ def test_the_gain_is_the_difference_of_the_records_and_tells_the_budgets():
     assert "1,000 images" in text
     assert "3,000" in text
     assert gains.gain([], "sslpp") == "There is nothing to compare yet."
+
+
+def test_where_nothing_was_relearned_the_gain_is_over_the_untrained_network():
+    rows = [record("random", "pooled", 0.3), record("proxy_short", "pooled", 0.5)]
+    text = gains.gain(rows, "proxy_short")
+    assert text.startswith("proxy_short over the untrained network, pooled features, on the test split, seed 0: linear")
+    assert "linear 30.0 -> 50.0 (+20.0). It had seen 1,000 images." in text
+    (_, *lines), *_ = report.run_tables(rows, "proxy_short")[1]
+    assert [line[0] for line in lines] == ["random", "proxy_short"]
 
 
 def judged(before, after, protocol, metric="top1", **settings):

@@ -112,6 +112,23 @@ def test_a_training_under_way_is_not_begun_anew_with_other_settings(picture_fold
     assert tiny_run(run, picture_folder).returncode == 0
 
 
+def test_fewer_rounds_than_once_export_and_tell_what_these_made(finished, picture_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    for rounds, made, seen in (("2", "round_2", 2), ("1", "round_1", 1), ("0", "proxy", 0)):
+        done = tiny_run(run, picture_folder, "--relearn.rounds", rounds)
+        assert done.returncode == 0, done.stderr
+        sha256 = sha256_file(run / "hub" / "model.safetensors")
+        assert sha256 == sha256_file(run / made / "model.safetensors")
+        rows = [row for row in records.read(run / "hub" / "records.jsonl") if row["weights_sha256"] == sha256]
+        assert max(row["round"] for row in records.read(run / "hub" / "records.jsonl")) == seen
+        for name in ("report.md", "hub/README.md"):
+            text = (run / name).read_text()
+            assert f" {rows[0]['images_seen']:,}" in text
+            assert ("clusters.png" in text) == (seen > 0), name
+    assert "proxy_short over the untrained network" in done.stdout
+
+
 def flip(path, place=-1):
     content = bytearray(path.read_bytes())
     content[place] ^= 1

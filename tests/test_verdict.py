@@ -104,9 +104,13 @@ def test_each_arm_and_seed_is_drawn_where_its_difference_lies(tmp_path, monkeypa
     assert [axis.get_title() for axis in kept["stages"].axes if axis.get_visible()] == [
         "sslpp minus scratch", "sslpp minus random"
     ]  # fmt: skip
+    places = [label.get_text() for label in kept["stages"].axes[0].get_xticklabels()]
     accuracy, cost = kept["operations"].axes
     assert "billions" in cost.get_xlabel()
     assert [text.get_text() for text in accuracy.texts] == ["62.0", "60.0", "30.0"]
+    charts.draw(tmp_path, unlabelled())
+    assert [label.get_text() for label in kept["stages"].axes[0].get_xticklabels()] == places
+    assert len(places) > 1
     for count, said in ((3, "95 % interval"), (2, "no interval is known")):
         assert said in charts.draw(tmp_path, [r for r in rows() if r["seed"] < count])["stages"]
 

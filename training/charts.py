@@ -121,8 +121,8 @@ def controls(path: Path, found: dict[str, Records], arms: dict[str, str]) -> Non
 def by_stage(path: Path, rows: Records, split: str) -> None:
     """sslpp minus each arm against the stage, a panel for each arm."""
     arms = _controls(rows)
-    stages = sorted({r["stage"] for r in rows if r["stage"] != "pooled" and r["protocol"] in ("linear", "knn")})
     metrics = [name.split()[0] for name in contrast.leading(rows, split)]
+    stages = sorted({r["stage"] for r in rows if r["stage"] != "pooled" and r["protocol"] in metrics})
     columns = 2 if len(arms) in (2, 4) else min(3, len(arms))
     lines = -(-len(arms) // columns)
     size = (3.7 * columns, 2.4 * lines + 0.5)
@@ -191,20 +191,22 @@ def costs(path: Path, rows: Records, arms: list[str], split: str) -> None:
     save(figure, path)
 
 
-def tasks(path: Path, found: dict[str, dict[str, list[float]]]) -> None:
-    """Accuracies of each seed by proxy task and arm: a row for each task, a point for each arm, bars over seeds."""
+def tasks(path: Path, rows: Records) -> None:
+    """What pooled features are worth by proxy task and arm: a row for each task, a point for each arm, seeds' range."""
+    name = contrast.leading(rows, split_of(rows))[0]
+    found = contrast.probed(rows, name)
     figure, axis = plt.subplots(figsize=(6.8, 0.42 * len(found) + 1.2))
     arms = list(dict.fromkeys(arm for values in found.values() for arm in values))
     for number, arm in enumerate(arms):
         shift = 0.5 * (number - (len(arms) - 1) / 2) / len(arms)
-        rows = [(place + shift, values[arm]) for place, values in enumerate(found.values()) if arm in values]
-        mean, spread = mean_and_bars([values for _, values in rows])
+        drawn = [(place + shift, values[arm]) for place, values in enumerate(found.values()) if arm in values]
+        mean, spread = mean_and_bars([values for _, values in drawn])
         axis.errorbar(
-            mean, [place for place, _ in rows], xerr=spread, fmt="o", ms=5, color=COLOURS[arm], capsize=2, label=arm
+            mean, [place for place, _ in drawn], xerr=spread, fmt="o", ms=5, color=COLOURS[arm], capsize=2, label=arm
         )
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
-    axis.set_xlabel("linear probe, pooled, top-1 %")
+    axis.set_xlabel(f"{contrast.title(name, rows)}, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save(figure, path)

@@ -17,9 +17,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from . import alike, costs, launch, peaks, proxies, records, report, setup, verdict
 from . import arms as A
 from . import backbone as B
-from . import costs, launch, peaks, proxies, records, report, setup, verdict
 from .command import Parser, asked, from_values, guarded, parser
 from .files import Diverged, Refused, lock_folder, nothing_left, refuse_kind, whole_folder, write_text
 from .limits import NonNegativeInt, PositiveFloat
@@ -217,6 +217,9 @@ def compare(
             except Refused as error:
                 raise Refused(f"arm {arm}: {error}") from error
         needs = peaks.check(recipe, read[0], network, accelerator)
+        if context.main:
+            alike.check(folder, recipe, other, read[0], [(arm, seed) for arm in arms for seed in seeds])
+    accelerator.wait_for_everyone()
     setup.tell(context, read, recipe.evaluate, network)
     context.say(needs)
     if same:

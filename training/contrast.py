@@ -192,18 +192,21 @@ def gained(rows: Records, arm: str, over: str, name: str, split: str) -> tuple[s
     return (f"{statistics.mean(differences):+.1f}", *told(differences)) if differences else ("", "", "")
 
 
-def probed(rows: Records) -> dict[str, dict[str, list[float]]]:
-    """Pooled linear accuracies of every seed, by proxy task and arm."""
-    return {
-        task: {arm: over_seeds(here, arm, "linear pooled", split_of(here)) for arm in arms_and_seeds(here)[0]}
-        for task, here in by_task(rows).items()
-    }
+def probed(rows: Records, name: str) -> dict[str, dict[str, list[float]]]:
+    """A metric of every seed that has it, by proxy task and arm."""
+    found = {}
+    for task, here in by_task(rows).items():
+        values = {arm: over_seeds(here, arm, name, split_of(here)) for arm in arms_and_seeds(here)[0]}
+        found[task] = {arm: known for arm, known in values.items() if known}
+    return found
 
 
 def learned(rows: Records) -> list[list[str]]:
     """For each proxy task how well it is solved, and what its features gain over a random network's."""
-    head = ["proxy task", "solved", "chance", "linear, random", "linear, trained", "gain", "95 % interval", "differs"]
-    lines = [[*head, "kNN gain", "its interval"]]
+    names = leading(rows, split_of(rows))
+    first, *others = (SUMMARY[name].split()[0] for name in names)
+    lines = [["proxy task", "solved", "chance", f"{first}, random", f"{first}, trained", "gain", "95 % interval"]]
+    lines[0] += ["differs", *(cell for other in others for cell in (f"{other} gain", "its interval"))]
     for task, here in by_task(rows).items():
         split = split_of(here)
         own = [r for r in here if (r["arm"], r["protocol"]) == ("proxy_short", "task")]
@@ -211,9 +214,9 @@ def learned(rows: Records) -> list[list[str]]:
         if own:
             reached = mean_and_spread([r["value"] for r in own], 3)
             cells = [f"{own[0]['metric']} {reached}", f"{own[0]['settings']['chance']:.3g}"]
-        probes = [mean_and_spread(over_seeds(here, arm, "linear pooled", split)) for arm in ("random", "proxy_short")]
-        gains = [gained(here, "proxy_short", "random", f"{protocol} pooled", split) for protocol in ("linear", "knn")]
-        lines.append([task, *cells, *probes, *gains[0], *gains[1][:2]])
+        probes = [mean_and_spread(over_seeds(here, arm, names[0], split)) for arm in ("random", "proxy_short")]
+        gains, *more = (gained(here, "proxy_short", "random", name, split) for name in names)
+        lines.append([task, *cells, *probes, *gains, *(cell for gain in more for cell in gain[:2])])
     return lines
 
 
@@ -230,7 +233,7 @@ def added(rows: Records, name: str) -> list[list[str]]:
 
 def tasks(rows: Records) -> list[list[list[str]]]:
     """Tables of proxy tasks side by side, those that have rows."""
-    made = [learned(rows), *(added(rows, f"{protocol} pooled") for protocol in ("linear", "knn", "residue"))]
+    made = [learned(rows), *(added(rows, name) for name in (*leading(rows, split_of(rows)), "residue pooled"))]
     if others(rows):
         made += [across(rows, f"{protocol} pooled") for protocol in ("linear", "knn")]
     return [lines for lines in made if len(lines) > 1]

@@ -63,11 +63,14 @@ def cautions(records: Records, arm: str, export: str) -> list[str]:
 
 def gain(records: Records, arm: str) -> str:
     """What the result gained over the backbone it started from, or why there is no figure."""
+    start, called = "proxy_short", "the backbone that it started from"
+    if arm == start:  # which nothing was relearned from
+        start, called = "random", "the untrained network"
     split = split_of([r for r in records if r["metric"] == "top1"])
-    before, after = (pooled(records, name, split) for name in ("proxy_short", arm))
+    before, after = (pooled(records, name, split) for name in (start, arm))
     labelled = before.keys() & after.keys() & set(PROBES.values())
     if not labelled:  # the scores without labels are of held-out images
-        split, before, after = "val", *(pooled(records, name, "val") for name in ("proxy_short", arm))
+        split, before, after = "val", *(pooled(records, name, "val") for name in (start, arm))
     shown = {**(PROBES if labelled else WITHOUT_LABELS), "residue": ("residue", "top1")}
     pairs = {name: (before[key], after[key]) for name, key in shown.items() if key in before and key in after}
     if not pairs:
@@ -77,9 +80,10 @@ def gain(records: Records, arm: str) -> str:
     one, other = next(iter(pairs.values()))
     where = {"val": "the held-out part of train", "test": "the test split"}[split]
     how = "" if labelled else f"{LEADING.capitalize()} needs no labels: {RETRIEVAL} "
+    told = f"{arm} over {called}, pooled features, on {where}, seed {other['seed']}: {'; '.join(parts)}. {how}"
+    if start == "random":
+        return f"{told}It had seen {other['images_seen']:,} images.{longer.words(other)}"
     return (
-        f"{arm} over the backbone that it started from, pooled features, on {where}, seed {other['seed']}: "
-        f"{'; '.join(parts)}. {how}That had seen {one['images_seen']:,} images here, {arm} "
-        f"{other['images_seen']:,}: a comparison at equal budget, over several seeds, is what training.compare makes."
-        f"{longer.words(other)}"
+        f"{told}That had seen {one['images_seen']:,} images here, {arm} {other['images_seen']:,}: a comparison at "
+        f"equal budget, over several seeds, is what training.compare makes.{longer.words(other)}"
     )

@@ -38,6 +38,7 @@ INPUTS = {
     "backbone": "weights before it: the phase before was done again since",
     "labels": "labels: classes, or those of images, changed since",
     "weights": "weights to start from",
+    "test": "images to test",
     "targets": "labels to learn, or other images held out",
 }
 UNTOLD = ("weights",)  # inputs that older runs do not tell of

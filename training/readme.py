@@ -195,7 +195,7 @@ def draw(configs: Path, kind: str, name: str) -> None:
     if kind == "comparison":
         charts.draw(folder, rows)
     elif kind == "across":
-        charts.tasks(folder / "tasks.png", contrast.probed(rows))
+        charts.tasks(folder / "tasks.png", rows)
     elif kind == "controls":
         found = {f"{rows[0]['model']}, {rows[0]['task']}": rows for rows in comparisons(configs, name)}
         charts.controls(configs / "controls.png", found, CONTROLS)

@@ -52,7 +52,7 @@ PICTURES = {
     "stages": "What frozen features tell by stage of the network; a residue is what is left in them of the proxy task",
     "arms": "sslpp minus each arm of the comparison; bars: 95 % intervals over seeds; green: better, red: worse",
     "lowshot": "Accuracy on few labelled images of each class; bars: standard deviation over five draws",
-    "neighbours": "Held-out images, drawn at random, and their nearest training images, before and after relearning",
+    "neighbours": "Held-out images, drawn at random, and their nearest training images, before and after",
     "clusters": "What the last round relearned from: images of some of its clusters, or classes if it had true labels",
     "curves": "Training, phase by phase: the loss, and what the log tells of each phase's own task",
 }
@@ -200,12 +200,17 @@ def rows_explained(arms: Collection[str]) -> str:
     return f"The rows: {'; '.join(f'`{name}`, {ROWS[name]}' for name in arms if name in ROWS)}."
 
 
+def beside(arm: str) -> list[str]:
+    """A run's arms: the untrained network, what relearning started from, and what came of it, if anything did."""
+    return list(dict.fromkeys(("random", "proxy_short", arm)))
+
+
 def run_tables(records: Records, arm: str, short: bool = False) -> tuple[list[str], list[Table]]:
     """A run's arms, and its tables by stage and of pooled features; `short`, without transfer and few labels.
 
     Without labels the scores come first that need none.
     """
-    arms = [name for name in ("random", "proxy_short", arm) if any(r["arm"] == name for r in records)]
+    arms = [name for name in beside(arm) if any(r["arm"] == name for r in records)]
     by_stage = [lines for _, lines in tables(records, arms, TITLES if short else EVERY)]
     if not is_labelled(records):
         return arms, pooled_tables(records, arms) + by_stage
@@ -268,14 +273,17 @@ print(features.shape)"""
 
 def draw(folder: Path, records: Records, arm: str, last: Path) -> None:
     """The figures in report/ that need no network."""
-    shown = [r for name in ("random", "proxy_short", arm) for r in last_round(records, name)]
-    figures.stages(folder / "report" / "stages.png", shown, ["random", "proxy_short", arm], split_of(records))
-    figures.lowshot(folder / "report" / "lowshot.png", shown, ["random", "proxy_short", arm], split_of(records))
+    arms = beside(arm)
+    shown = [r for name in arms for r in last_round(records, name)]
+    figures.stages(folder / "report" / "stages.png", shown, arms, split_of(records))
+    figures.lowshot(folder / "report" / "lowshot.png", shown, arms, split_of(records))
     figures.curves(folder / "report" / "curves.png", folder / "metrics.jsonl")
-    sheet = last / "clusters.png"
+    sheet, drawn = last / "clusters.png", folder / "report" / "clusters.png"
     if sheet.exists():
-        with whole_file(folder / "report" / "clusters.png") as beside:
-            shutil.copyfile(sheet, beside)
+        with whole_file(drawn) as copy:
+            shutil.copyfile(sheet, copy)
+    else:  # of a round that is no longer asked for
+        drawn.unlink(missing_ok=True)
 
 
 def pictures(folder: Path, names: Collection[str]) -> list[str]:

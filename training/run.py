@@ -205,18 +205,19 @@ def watch(this: Run, schedule: Schedule, task: ViewTask, count: int) -> Callable
 
 def finish(this: Run, folders: list[Path], comparison: Path | None) -> None:
     """report.md with its figures, and hub/."""
-    arm = this.arm if this.recipe.relearn.rounds else "proxy_short"
-    sides = {"what relearning started from": folders[0], arm: folders[-1]}
-    most = this.recipe.evaluate.images
+    if len(folders) > 1:
+        arm, start, before = this.arm, "what relearning started from", this.on_device(B.load(folders[0]))
+    else:
+        arm, start, before = "proxy_short", "the untrained network", this.untrained()
+    sides = {start: before, arm: this.on_device(B.load(folders[-1]))}
+    most, batch = this.recipe.evaluate.images, this.recipe.evaluate.batch_size
     shown = torch.cat([this.train.sample(indices, most) for indices in (this.train.train, this.train.val)])
     found = {
-        name: extract(
-            this.on_device(B.load(folder)), this.train, shown, this.accelerator, this.recipe.evaluate.batch_size
-        )["pooled"]
-        for name, folder in sides.items()
+        name: extract(network, this.train, shown, this.accelerator, batch)["pooled"] for name, network in sides.items()
     }
     if this.main:
-        rows = records.read(this.folder / "records.jsonl")
+        # Of more rounds that were asked for once, the figures are not those of what is exported.
+        rows = [r for r in records.read(this.folder / "records.jsonl") if r.get("round", 0) < len(folders)]
         if not any(row.get("arm") == arm for row in rows):
             raise Failed(f"{this.folder / 'records.jsonl'} has lost its records of {arm}; the same command makes them.")
         report.draw(this.folder, rows, arm, folders[-1])

@@ -68,8 +68,9 @@ def write(folder: Path) -> None:
     found = {name: records.read(folder / name / "records.jsonl") for name in PROXIES}
     rows = [row for own in found.values() for row in own]
     write_lines(folder / "records.jsonl", rows)
-    charts.tasks(folder / "report" / "tasks.png", contrast.probed(rows))
-    tables = [*contrast.tasks(rows), *(agreement.agreement(rows, probe) for probe in agreement.PROBES)]
+    charts.tasks(folder / "report" / "tasks.png", rows)
+    agreeing = (agreement.agreement(rows, probe) for probe in agreement.PROBES)
+    tables = [*contrast.tasks(rows), *(lines for lines in agreeing if len(lines) > 1)]  # without labels none
     print("\n\n".join(map(report.as_text, tables)))
     parts = [f"# {report.plain(folder.name)}", *map(report.as_markdown, tables), "![Proxy tasks](report/tasks.png)"]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
