@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 
 import pytest
@@ -90,10 +91,19 @@ def test_a_training_under_way_is_not_begun_anew_from_something_else(context, dam
 
 
 def test_a_longer_schedule_under_way_is_not_begun_anew_from_the_one_before(context):
+    context.checkpoint_every = 3
     run(make(), context)
     earlier = Earlier(12, sha256_json(READ))
     longer, other = {"lr": 0.1, "epochs": 6}, {"lr": 0.1, "epochs": 9}
     stopped(context, 18, read=longer, epochs=6, earlier=earlier)
     assert context.checkpoints.load("proxy_0", longer, earlier=earlier).step == 18
-    with pytest.raises(Refused, match=r"epochs: .* of whose 24 steps 18 are done, was begun with 6, now it is 9;"):
+    before, *newer = context.checkpoints.found("proxy_0")
+    assert [path.name[-2:] for path in (before, *newer)] == ["12", "15", "18"]
+    said = "epochs: .* of whose 24 steps 18 are done, was begun with 6, now it is 9; choose another --run, or remove "
+    with pytest.raises(Refused, match=said + re.escape(f"{newer[0]} and {newer[1]}.")):
         context.checkpoints.load("proxy_0", other, earlier=earlier)
+    for path in newer:  # as it says
+        shutil.rmtree(path)
+    assert context.checkpoints.load("proxy_0", other, earlier=earlier).step == 12
+    run(make(), context, read=other, epochs=9, earlier=earlier)
+    assert len(context.checkpoints.found("proxy_0")) == 3

@@ -54,6 +54,7 @@ def run(pictures, tmp_path_factory):
         (folder / name).mkdir(parents=True)
         B.save(B.create(made.model, 16), folder / name, found)
     (folder / "recipe.yaml").write_text(to_yaml(made))
+    write_json(folder / "data.json", {"images": len(found), "fingerprint": found.fingerprint})
     labels, distances = found.labels[found.all].numpy(), np.linspace(0, 1, len(found.all), dtype=np.float32)
     labels[:2] = 3  # in the cluster of another class
     columns = {"label_4": labels, "distance_4": distances}
@@ -135,6 +136,8 @@ def test_of_a_features_file_of_every_split_the_training_split_is_shown(pictures,
     [
         ("nothing", [], "nothing does not exist"),
         (".", [], "is no run with a backbone in proxy/"),
+        ("hub", [], "is no run with a backbone in proxy/; name the run, "),
+        ("run", ["--data.path", "{}/../others"], "and are others, or were changed since"),
         ("run", ["--images", "3"], "--images: a map needs at least 5"),
         ("run", ["--data.path", "digits"], "these are not the images of"),
         ("table", [], "data.path is missing"),
@@ -144,10 +147,15 @@ def test_of_a_features_file_of_every_split_the_training_split_is_shown(pictures,
         ("table", ["--data.path", "digits", "--out", "{}"], "is what is to be shown"),
     ],
 )
-def test_what_cannot_be_shown_is_refused_in_a_sentence(run, tmp_path, source, options, named):
+def test_what_cannot_be_shown_is_refused_in_a_sentence(run, pictures, tmp_path, source, options, named):
     pq.write_table(pa.table({"path": ["a"], "features": [[1.0]]}), tmp_path / "table")
     (tmp_path / "text").write_text("no table")
-    place = run if source == "run" else tmp_path / source
+    place = {"run": run, "hub": run / "hub"}.get(source, tmp_path / source)
+    (run / "hub").mkdir(exist_ok=True)
+    if "others" in str(options):
+        shutil.copytree(pictures, run.parent / "others", dirs_exist_ok=True)
+        one, other = sorted((run.parent / "others").rglob("*.png"))[:2]
+        other.write_bytes(one.read_bytes())
     before = place.read_bytes() if place.is_file() else None
     done = call(explore.main, place, "--out", tmp_path / "page.html", *(option.format(place) for option in options))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

@@ -358,6 +358,7 @@ def test_a_card_that_the_hub_refuses_is_told_its_reason(hub, run):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (lambda run: shutil.rmtree(run), "error: there is no folder"),
         (lambda run: (run / "hub" / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda run: (run / "hub" / "model.safetensors").write_bytes(b"junk"), "is no safetensors file"),
         (lambda run: (run / "hub").rename(run / "elsewhere") and link(run), "is a link"),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, call, tiny_run
 from training import clusters, command, config, embed, records
-from training.__main__ import CONFIGS, fitting
+from training.__main__ import CONFIGS, fitting, main
 from training.evaluate import __main__ as evaluate
 from training.files import read_json, read_lines, sha256_file
 
@@ -197,6 +197,17 @@ def test_a_refused_request_leaves_nothing_behind(picture_folder, tmp_path):
     done = tiny_run(folder, tmp_path / "data", "--data.limit", "40", "--relearn.rounds", "0")
     assert (done.returncode, "other images (as many, but files were renamed or changed" in done.stderr) == (2, True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
+
+
+def test_a_run_folder_of_the_working_directory_is_found_again_by_its_recipe(
+    finished, picture_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(finished[0], tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert tiny_run("./mine", picture_folder).returncode == 0
+    done = call(main, "--config", "mine/recipe.yaml")
+    assert (done.returncode, "relearn 1" in done.stderr) == (0, False), done.stderr  # nothing is trained again
+    assert not (tmp_path / "runs").exists()
 
 
 def test_images_without_labels_and_odd_files_go_through(tmp_path):

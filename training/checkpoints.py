@@ -98,7 +98,10 @@ class Checkpoints:
         return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
     def save(self, name: str, task: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Write the state of phase `name` after state["step"] steps, and forget all but the last two."""
+        """Write the state of phase `name` after state["step"] steps, and forget all but the last two.
+
+        Where the schedule goes on from another, from step state["begin"], that one's last is kept, too.
+        """
         tensors = {f"task/{key}": value for key, value in task.state_dict().items()}
         others: dict[str, dict[str, Any]] = {}
         for number, values in optimizer.state_dict()["state"].items():
@@ -118,9 +121,9 @@ class Checkpoints:
             told = {**state, "phase": name, "optimizer": others, "groups": groups, "sha256": digest}
             write_json(beside / "state.json", {**told, "state_sha256": sha256_json(told)})
         # The last two of this phase; one past this step is another run's, and a phase before this one is over.
-        here = self.folder / f"{name}_{state['step']:08d}"
+        here, before = (self.folder / f"{name}_{step:08d}" for step in (state["step"], state.get("begin", 0)))
         own = self.found(name)
-        kept = own[: own.index(here) + 1][-KEPT:]
+        kept = [before, *own[: own.index(here) + 1][-KEPT:]]
         for old in self.folder.glob("*"):
             if old not in kept and not old.name.startswith("."):
                 shutil.rmtree(old, ignore_errors=True)
@@ -131,7 +134,8 @@ class Checkpoints:
         Raises:
             Refused: naming the first that differs.
         """
-        for path in reversed(self.found(name)):
+        found = self.found(name)
+        for path in reversed(found):
             try:
                 state = read_json(path / "state.json", "read", "step", "of")
             except (Failed, OSError):  # `load` tells of it, if it is asked for
@@ -139,9 +143,11 @@ class Checkpoints:
             step, of = state["step"], state["of"]
             if step < of and (told := first_difference(state["read"], read, "begun")):
                 field, how = told
+                begin = f"{name}_{state.get('begin', 0):08d}"
+                own = " and ".join(str(one) for one in found if one.name > begin)
                 raise Refused(
                     f"{field}: the training in {self.folder.parent}, of whose {of} steps {step} are done, {how}; "
-                    f"choose another --run, or remove {self.folder}."
+                    f"choose another --run, or remove {own}."
                 )
             return
 

@@ -180,7 +180,7 @@ def from_values(values: Any, command: Parser) -> Recipe:
     configs = [Path(str(path)) for path in values.pop("config", None) or []]
     made = command.instantiate(values)
     recipe = Recipe(**{f.name: made[f.name] for f in dataclasses.fields(Recipe) if f.name in made})
-    recipe.run = str(run_folder(recipe, configs[-1] if configs else None))
+    recipe.run = as_run(run_folder(recipe, configs[-1] if configs else None))
     words = configs[-1].with_name("README.md") if configs else None
     if recipe.card.about is None and words and configs[-1].stem == "recipe" and words.exists():
         recipe.card.about = read_text(words).strip()
@@ -201,6 +201,11 @@ def run_folder(recipe: Recipe, config: Path | None = None) -> Path:
 def named_folder(run: str) -> Path:
     """The folder that ``--run`` names: a path, or a name under runs/."""
     return Path(run) if "/" in run else Path("runs") / run
+
+
+def as_run(folder: Path) -> str:
+    """The ``--run`` that names a folder."""
+    return str(folder) if "/" in str(folder) else f"./{folder}"
 
 
 def check(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from .classifier import Classify, Finetune, head_names
 from .command import (
     NO_STATISTICS,
     Parser,
+    as_run,
     asked,
     check_data,
     check_schedule,
@@ -108,7 +109,7 @@ def finetune(name: str, settings: Finetune, stop: launch.StopSignals) -> Path:
             refuse_other(marker, read)
     accelerator.wait_for_everyone()
     if context.main:
-        resolved = dataclasses.replace(settings, run=str(folder), precision=precision)
+        resolved = dataclasses.replace(settings, run=as_run(folder), precision=precision)
         write_text(folder / "recipe.yaml", f"# for python -m training.finetune {name}\n{to_yaml(resolved, UNUSED)}")
         write_bad(folder, [line for images in splits.values() for line in images.bad])
         if not marker.exists():

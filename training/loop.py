@@ -192,7 +192,7 @@ def train(
     epoch_steps, total = steps_of(schedule, len(indices))
     last = total if last is None else last
     begin = earlier.step if earlier else 0
-    training = {"read": read, "fingerprint": sha256_json(read), "of": total}
+    training = {"read": read, "fingerprint": sha256_json(read), "begin": begin, "of": total}
     saved = context.checkpoints.load(key.name, read, context.say, earlier)
     if saved:
         context.budget = saved.state["budget"]

@@ -79,6 +79,8 @@ def collect(run: Path, repo: str, revision: str | None = None) -> Files:
     Raises:
         Refused: the folder is not one that was exported.
     """
+    if not run.is_dir():
+        raise Refused(f"there is no folder {run}.")
     folder = next((run / name for name in MADE if (run / name).is_dir()), run)
     if runs := sorted(run.glob("seed_*/sslpp/hub")):
         raise Refused(f"{run} is a comparison; what it made is published by naming {runs[0].parent}.")

@@ -19,7 +19,7 @@ from .. import backbone as B
 from .. import figures, images, inputs, recipe, sources
 from ..command import Parser, check_data, guarded, parse
 from ..extraction import extract
-from ..files import Failed, Refused, refuse_out, whole_file
+from ..files import Failed, Refused, read_json, refuse_out, whole_file
 from ..images import Images
 from ..limits import PositiveInt
 from ..loop import Context
@@ -121,9 +121,11 @@ def known(loaded: Images, sides: dict[str, torch.Tensor], table: pa.Table | None
 def of_run(folder: Path, data: recipe.Data, count: int, batch_size: int, context: Context) -> Found:
     """Images of a run, with features before and after relearning and the clusters of its last round."""
     if not (folder / "proxy" / "model.safetensors").exists():
-        inside = [path.parent.parent for path in folder.glob("seed_*/*/proxy/model.safetensors")]
+        inside = [path.parent.parent for path in folder.glob("**/seed_*/*/proxy/model.safetensors")]
         best = min(inside, key=lambda path: (path.name != "sslpp", path), default=None)
         hint = f"; name one of its runs, such as {best}" if best else ""
+        if (folder.parent / "proxy" / "model.safetensors").exists():
+            hint = f"; name the run, {folder.parent}"
         raise Refused(f"{folder} is no run with a backbone in proxy/{hint}.")
     own = parse(["--config", str(folder / "recipe.yaml"), "--run", str(folder)]).data
     unset = recipe.Data()
@@ -139,6 +141,9 @@ def of_run(folder: Path, data: recipe.Data, count: int, batch_size: int, context
     first = next(iter(networks.values()))
     loaded, places = some(scaled_for(first, dataclasses.replace(own, **changed)), count, context.folder)
     table = rows_of(rounds[-1] / "labels.parquet", loaded, places) if rounds else None
+    read = read_json(folder / "data.json", "images", "fingerprint")
+    if len(loaded) == read["images"] and loaded.fingerprint != read["fingerprint"]:
+        raise Refused(f"data.path: these bear the names of {folder}'s images, and are others, or were changed since.")
     features = {}
     for name, network in networks.items():
         seen, network = B.as_seen_by(network, loaded), on_device(network, context.accelerator.device, loaded.size)

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     for task in tasks:
         own = with_own(arguments, task)
         made = command(own)
-        values = made.read([*own, "--run", f"{folder}/{task}"])
+        values = made.read([*own, f"--run={folder}/{task}"])
         del values["tasks"]
         requests.append(compare.request(values, made))
     with launch.StopSignals() as stop:
