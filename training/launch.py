@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
@@ -17,6 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import Tensor
 
 from .files import Refused, sha256_json
+
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # what takes its place is new
 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
 # What `accelerate launch` may be told that no process would then have all weights by, to keep or to measure.
