@@ -196,6 +196,8 @@ def test_arms_of_other_images_budgets_or_measures_are_refused_before_anything_ch
 def test_all_that_is_there_may_be_measured_anew_and_another_task_stays_one(finished, picture_folder, tmp_path):
     folder = tmp_path / "whole"
     alone = [*TINY, "--arms", "[random]", "--seeds", "[0]", "--data.path", picture_folder, "--run", folder]
+    folder.mkdir()
+    write_json(folder / "comparison.json", {"made": {"--other_proxy": "moco"}, "measured": {}})  # nothing was trained
     for value in ("0.1", "0.01"):
         done = call(compare.main, *alone, "--evaluate.linear_c", f"[{value}]")
         assert done.returncode == 0, done.stderr

@@ -27,15 +27,16 @@ def check(folder: Path, recipe: Recipe, other: str | None, splits: Splits, asked
         Refused: naming what differs.
     """
     path, (train, test) = folder / "comparison.json", splits
-    before = read_json(path, "made", "measured") if path.exists() else {"made": {}, "measured": {}}
-    made = {"images": train.fingerprint, OTHER: other or before["made"].get(OTHER)}
+    begun = path.exists() and any(next(folder.glob(name), None) for name in ("seed_*", "grid"))
+    before = read_json(path, "made", "measured") if begun else {"made": {OTHER: None}, "measured": {}}
+    made = {"images": train.fingerprint, OTHER: other or before["made"][OTHER]}
     for phase in ("proxy", "clusters", "relearn"):
         made |= phase_fields(recipe, phase)
     measured = {name: value for name, value in phase_fields(recipe, "evaluate").items() if name not in made}
     measured |= {"labels": classes_fingerprint(train), "test": test.fingerprint if test else None}
     made["relearn.rounds"] = recipe.relearn.rounds
     del made["seed"]
-    if path.exists():
+    if begun:
         if found := first_difference({**before["made"], OTHER: before["made"][OTHER] or other}, made):
             raise Refused(f"{found[0]}: {folder} {found[1]}; choose another --run.")
         rows = [row for row in records.read(folder / "records.jsonl") if not row.get("variant")]
