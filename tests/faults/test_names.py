@@ -4,12 +4,14 @@ import io
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.conftest import TINY_RUN, call, make_images, write_png
+from tests.conftest import ROOT, TINY_RUN, call, make_images, write_png
 from training import records, report
 from training.__main__ import main
 from training.command import guarded
@@ -119,3 +121,13 @@ def test_an_interrupt_before_the_work_begins_is_no_traceback():
 
     done = call(interrupted)
     assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; the same command goes on from here\n")
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_sentence():
+    code = "import sys; sys.argv[0] = '-m'; import training; raise {}"
+    done = [
+        subprocess.run([sys.executable, "-c", code.format(kind)], capture_output=True, text=True, cwd=ROOT)
+        for kind in ("KeyboardInterrupt", "ValueError")
+    ]
+    assert (done[0].returncode, done[0].stderr) == (-signal.SIGINT, "stopped by SIGINT; nothing was begun\n")
+    assert (done[1].returncode, "Traceback" in done[1].stderr) == (1, True)
