@@ -189,7 +189,7 @@ def test_arms_of_other_images_budgets_or_measures_are_refused_before_anything_ch
         done = call(compare.main, *more, *options)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said.format(folder) in done.stderr
-    assert "--arms [proxy, random, scratch, sslpp] and --seeds [0, 1], too" in done.stderr
+    assert "proxy, random, scratch, sslpp] and --seeds [0, 1], too" in done.stderr
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -34,7 +34,7 @@ def pseudo_labels(images):
 def go(images, context, **changes):
     before = network()
     start = {k: v.clone() for k, v in before.state_dict().items()}
-    result = R.relearn(before, MODEL, settings(**changes), pseudo_labels(images), [4, 2], images, KEY, context, "x")
+    result = R.relearn(before, MODEL, settings(**changes), pseudo_labels(images), [4, 2], images, KEY, context, {})
     return start, result
 
 
@@ -165,7 +165,7 @@ def test_fresh_weights_are_drawn_anew_each_round(tiny, context, monkeypatch):
     seen = []
     monkeypatch.setattr(R, "train", lambda task, *a, **k: seen.append(task.network.layer4[0].conv1.weight.clone()))
     for key in (KEY, Key(0, "relearn", 2)):
-        R.relearn(network(), MODEL, settings(reinit="high"), pseudo_labels(tiny), [4, 2], tiny, key, context, "x")
+        R.relearn(network(), MODEL, settings(reinit="high"), pseudo_labels(tiny), [4, 2], tiny, key, context, {})
     assert not torch.equal(seen[0], seen[-1])
 
 
@@ -176,7 +176,7 @@ def test_images_without_a_pseudo_label_are_never_drawn(tiny, context, monkeypatc
     )
     labels = pseudo_labels(tiny)
     labels[tiny.train[:5]] = -1
-    R.relearn(network(), MODEL, settings(), labels, [4, 2], tiny, KEY, context, "x")
+    R.relearn(network(), MODEL, settings(), labels, [4, 2], tiny, KEY, context, {})
     assert set(drawn) == set(tiny.train[5:].tolist())
 
 
