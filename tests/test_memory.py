@@ -172,8 +172,8 @@ def test_out_of_memory_in_a_step_says_what_halves_it(context):
     task = Large(B.create(Model("test_resnet"), 16), schedule, shown)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Failed, match=r"relearn: .* 4 images .*accumulate 4"):
         patch.setattr("training.loop.rehearse", lambda *_: (0.0, []))
-        train(task, shown, shown.train, schedule, Key(0, "relearn"), context, "x")
+        train(task, shown, shown.train, schedule, Key(0, "relearn"), context, {})
     task.whole_batch = True
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Failed, match=r"relearn\.batch_size 4"):
         patch.setattr("training.loop.rehearse", lambda *_: (0.0, []))
-        train(task, shown, shown.train, schedule, Key(0, "relearn"), context, "x")
+        train(task, shown, shown.train, schedule, Key(0, "relearn"), context, {})
