@@ -10,8 +10,6 @@ from .measure import classes_fingerprint
 from .recipe import Recipe, phase_fields
 from .setup import Splits
 
-OTHER = "--other_proxy"
-
 
 def check(folder: Path, recipe: Recipe, other: str | None, splits: Splits, asked: Collection[tuple[str, int]]) -> None:
     """Refuse arms and seeds that would be made or measured otherwise than those that are there.
@@ -28,8 +26,8 @@ def check(folder: Path, recipe: Recipe, other: str | None, splits: Splits, asked
     """
     path, (train, test) = folder / "comparison.json", splits
     begun = path.exists() and any(next(folder.glob(name), None) for name in ("seed_*", "grid"))
-    before = read_json(path, "made", "measured") if begun else {"made": {OTHER: None}, "measured": {}}
-    made = {"images": train.fingerprint, OTHER: other or before["made"][OTHER]}
+    before = read_json(path, "made", "measured") if begun else {"made": {}, "measured": {}}
+    made = {"images": train.fingerprint, **({"--other_proxy": other} if other else {})}
     for phase in ("proxy", "clusters", "relearn"):
         made |= phase_fields(recipe, phase)
     measured = {name: value for name, value in phase_fields(recipe, "evaluate").items() if name not in made}
@@ -37,7 +35,7 @@ def check(folder: Path, recipe: Recipe, other: str | None, splits: Splits, asked
     made["relearn.rounds"] = recipe.relearn.rounds
     del made["seed"]
     if begun:
-        if found := first_difference({**before["made"], OTHER: before["made"][OTHER] or other}, made):
+        if found := first_difference(before["made"], made):
             raise Refused(f"{found[0]}: {folder} {found[1]}; choose another --run.")
         rows = [row for row in records.read(folder / "records.jsonl") if not row.get("variant")]
         there = {(row["arm"], row["seed"]) for row in rows}
@@ -47,4 +45,4 @@ def check(folder: Path, recipe: Recipe, other: str | None, splits: Splits, asked
                 f"{found[0]}: {folder} {found[1]}; ask for --arms [{arms}] and --seeds [{seeds}], too, so that all are "
                 "measured alike, or choose another --run."
             )
-    write_json(path, {"made": made, "measured": measured})
+    write_json(path, {"made": {**before["made"], **made}, "measured": measured})

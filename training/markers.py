@@ -41,7 +41,7 @@ INPUTS = {
     "test": "images to test",
     "targets": "labels to learn, or other images held out",
 }
-UNTOLD = ("weights",)  # inputs that older runs do not tell of
+UNTOLD = ("weights", "--other_proxy")  # inputs that older runs, or arms without any, do not tell of
 LATER = {"norm": "batch"}  # fields that older runs do not tell of, and what was done before there were any
 
 

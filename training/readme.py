@@ -191,11 +191,11 @@ def shipped_card(folder: Path) -> str:
 
 def draw(configs: Path, kind: str, name: str) -> None:
     """The figures beside a table."""
-    rows, folder = records.read(configs / name / "records.jsonl"), configs / name / "report"
+    folder = configs / name
     if kind == "comparison":
-        charts.draw(folder, rows)
+        charts.draw(folder / "report", records.read(folder / "records.jsonl"))
     elif kind == "across":
-        charts.tasks(folder / "tasks.png", rows)
+        charts.tasks(folder / "report" / "tasks.png", records.read(folder / "records.jsonl"))
     elif kind == "controls":
         found = {f"{rows[0]['model']}, {rows[0]['task']}": rows for rows in comparisons(configs, name)}
         charts.controls(configs / "controls.png", found, CONTROLS)

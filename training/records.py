@@ -68,7 +68,8 @@ def split_of(records: Records) -> str:
 def last_round(records: Records, arm: str) -> Records:
     """An arm's records of its last round."""
     rows = [r for r in records if r["arm"] == arm]
-    return [r for r in rows if r["round"] == max(x["round"] for x in rows)]
+    last = max((r["round"] for r in rows), default=0)
+    return [r for r in rows if r["round"] == last]
 
 
 def is_labelled(records: Records) -> bool:

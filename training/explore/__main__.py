@@ -121,7 +121,10 @@ def known(loaded: Images, sides: dict[str, torch.Tensor], table: pa.Table | None
 def of_run(folder: Path, data: recipe.Data, count: int, batch_size: int, context: Context) -> Found:
     """Images of a run, with features before and after relearning and the clusters of its last round."""
     if not (folder / "proxy" / "model.safetensors").exists():
-        inside = [path.parent.parent for path in folder.glob("**/seed_*/*/proxy/model.safetensors")]
+        runs = ("seed_*/*", "*/seed_*/*")  # of a comparison, and of tasks side by side
+        inside = [
+            place for name in runs for place in folder.glob(name) if (place / "proxy" / "model.safetensors").exists()
+        ]
         best = min(inside, key=lambda path: (path.name != "sslpp", path), default=None)
         hint = f"; name one of its runs, such as {best}" if best else ""
         if (folder.parent / "proxy" / "model.safetensors").exists():
